@@ -1,0 +1,22 @@
+//! rvmm: a KVM microVM monitor.
+//!
+//! Dependencies between modules point down only:
+//!
+//! - `main -> cli -> vm`
+//! - `vm -> {boot, virtio, legacy, bus, kvm, memory, disk}`
+//! - `virtio -> {memory, disk}`, never `kvm` or `vm`: it is handed event descriptors
+//! - `boot -> memory`; `legacy`, `disk`, `memory`, `bus` -> crates only
+//! - `platform` holds addresses and numbers, and every module may use it
+//!
+//! `tests/tidy.rs` holds these edges.
+
+pub mod boot;
+pub mod bus;
+pub mod cli;
+pub mod disk;
+pub mod kvm;
+pub mod legacy;
+pub mod memory;
+pub mod platform;
+pub mod virtio;
+pub mod vm;
