@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * PID 1 of the machine that scripts/nested-host starts. From the initramfs it loads the modules listed in
- * /modules/order, puts an overlay over the host's root, moves into it, and runs the one command that relay.c sends.
+ * /modules/early and /modules/late, puts an overlay over the host's root, moves into it, and runs the one command that relay.c sends.
  * When that ends, file systems are synced and the status is sent; the host then kills the machine.
  */
 #define _GNU_SOURCE
@@ -82,16 +82,16 @@ static bool write_file(const char *path, const char *text)
     return ok;
 }
 
-static void load_modules(void)
+static void load_modules(const char *list)
 {
     char line[256], path[PATH_MAX];
-    FILE *order = fopen("/modules/order", "re");
+    FILE *order = fopen(list, "re");
 
     if (!order)
-        fatal("no /modules/order: %s", strerror(errno));
+        fatal("no %s: %s", list, strerror(errno));
     while (fgets(line, sizeof line, order)) {
         line[strcspn(line, "\n")] = '\0';
-        snprintf(path, sizeof path, "/modules/%s", line);
+        snprintf(path, sizeof path, "modules/%s", line);
         int fd = open(path, O_RDONLY | O_CLOEXEC);
         if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) != 0 && errno != EEXIST))
             note("cannot load %s: %s", line, strerror(errno));
@@ -267,7 +267,7 @@ static void loopback_up(void)
     close(s);
 }
 
-static void enter_root(const struct config *c)
+static void enter_root(const struct config *c, pid_t loader)
 {
     char path[PATH_MAX], modules[PATH_MAX];
     struct utsname u;
@@ -312,6 +312,8 @@ static void enter_root(const struct config *c)
         if (mount(modules, path, NULL, MS_BIND, NULL) != 0)
             note("no modules: cannot mount %s on %s: %s", modules, path, strerror(errno));
     }
+    while (waitpid(loader, NULL, 0) < 0 && errno == EINTR)
+        ;
     make_device_nodes(u.release);
     chmod("/dev/kvm", 0666);
 
@@ -522,10 +524,18 @@ int main(void)
     mount_or_die("dev", "/dev", "devtmpfs", MS_NOSUID, "mode=755");
     mount_or_die("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
     mount_or_die("sys", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
-    load_modules();
+    load_modules("modules/early");
+    /* KVM and its like take half a second: on another processor, while this one mounts */
+    pid_t loader = fork();
+    if (loader < 0)
+        fatal("fork: %s", strerror(errno));
+    if (loader == 0) {
+        load_modules("modules/late"); /* by relative names: its root stays the initramfs */
+        _exit(0);
+    }
     int port = open_port();
     struct config c = read_config(port);
-    enter_root(&c);
+    enter_root(&c, loader);
     unsigned char status = (unsigned char)supervise(port, &c);
     sync();
     send_frame(port, FRAME_EXIT, &status, 1);
