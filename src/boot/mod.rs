@@ -2,6 +2,7 @@
 //!
 //! Pure data in and out; nothing here talks to KVM. [`load`] is the list of what a guest finds in its memory.
 
+mod acpi;
 pub mod bzimage;
 pub mod cmdline;
 pub mod cpuid;
@@ -131,11 +132,13 @@ pub fn load(ram: &Ram, source: &Source, machine: &Machine, cmdline: &Cmdline) ->
     let initrd = initrd.as_ref().map(|initrd| initrd.load(ram, placed.end, addr_max)).transpose()?;
     let line = cmdline.render(placed.header.map_or(usize::MAX, |header| header.cmdline_size as usize))?;
     let memory_map = layout::memory_map(&layout::ram_ranges(ram));
-    let params = Params { cmdline: &line, initrd: initrd.as_ref(), memory_map: &memory_map, acpi: false };
+    let params = Params { cmdline: &line, initrd: initrd.as_ref(), memory_map: &memory_map };
     match protocol {
         Protocol::Linux64 => params::write_linux(ram, &params, placed.header)?,
         Protocol::Pvh => params::write_pvh(ram, &params)?,
     }
+    let described = if discovery == Discovery::Cmdline { &[][..] } else { &machine.virtio };
+    acpi::write_tables(ram, machine, described)?;
     write(ram, "the MP table", layout::EBDA, &mptable::build(layout::EBDA, machine.cpus))?;
     registers::write_tables(ram, protocol, placed.end)?;
     Ok(Loaded {

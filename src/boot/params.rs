@@ -28,15 +28,9 @@ pub(super) struct Params<'a> {
     pub cmdline: &'a str,
     pub initrd: Option<&'a Range<u64>>,
     pub memory_map: &'a [MemoryRange],
-    /// Whether there are ACPI tables.
-    pub acpi: bool,
 }
 
 impl Params<'_> {
-    fn rsdp(&self) -> u64 {
-        if self.acpi { layout::ACPI } else { 0 }
-    }
-
     fn write_cmdline(&self, ram: &Ram) -> Result<(), Error> {
         // The final zero is there: guest memory is zero where nothing was written.
         write(ram, "the command line", layout::CMDLINE, self.cmdline.as_bytes())
@@ -45,8 +39,7 @@ impl Params<'_> {
 
 /// Writes the zero page of the Linux boot protocol; `header` is that of a bzImage.
 pub(super) fn write_linux(ram: &Ram, params: &Params, header: Option<setup_header>) -> Result<(), Error> {
-    let mut page = boot_params::default();
-    page.hdr = header.unwrap_or(setup_header {
+    let hdr = header.unwrap_or(setup_header {
         boot_flag: BOOT_FLAG,
         header: HEADER_MAGIC,
         version: PROTOCOL_VERSION,
@@ -54,6 +47,7 @@ pub(super) fn write_linux(ram: &Ram, params: &Params, header: Option<setup_heade
         cmdline_size: layout::CMDLINE_SIZE as u32 - 1,
         ..Default::default()
     });
+    let mut page = boot_params { hdr, acpi_rsdp_addr: layout::ACPI, ..Default::default() };
     page.hdr.type_of_loader = LOADER_UNDEFINED;
     page.hdr.loadflags |= LOADED_HIGH;
     page.hdr.cmd_line_ptr = layout::CMDLINE as u32;
@@ -62,7 +56,6 @@ pub(super) fn write_linux(ram: &Ram, params: &Params, header: Option<setup_heade
         page.hdr.ramdisk_image = initrd.start as u32;
         page.hdr.ramdisk_size = (initrd.end - initrd.start) as u32;
     }
-    page.acpi_rsdp_addr = params.rsdp();
     page.e820_entries = params.memory_map.len().min(layout::MEMORY_MAP_MAX) as u8;
     let mut table = page.e820_table;
     for (entry, range) in table.iter_mut().zip(params.memory_map) {
@@ -82,7 +75,7 @@ pub(super) fn write_pvh(ram: &Ram, params: &Params) -> Result<(), Error> {
         nr_modules: params.initrd.is_some().into(),
         modlist_paddr: if params.initrd.is_some() { layout::PVH_MODULES } else { 0 },
         cmdline_paddr: layout::CMDLINE,
-        rsdp_paddr: params.rsdp(),
+        rsdp_paddr: layout::ACPI,
         memmap_paddr: layout::PVH_MEMORY_MAP,
         memmap_entries: params.memory_map.len().min(layout::MEMORY_MAP_MAX) as u32,
         reserved: 0,

@@ -244,7 +244,7 @@ fn files_that_are_no_kernels_are_called_by_their_name() {
         (with(64 + 24, &[0xff; 8]), "wraps around"),
         (with(64 + 31, &[1]), "is to be loaded at 0x100000000100000"),
         (with(64 + 32, &[0xff; 8]), "longer in the file than in memory"),
-        (with(64 + 0, &[0]), "no loadable segment"),
+        (with(64, &[0]), "no loadable segment"),
     ] {
         let error = open(&bytes);
         assert!(error.contains(wanted), "{error:?} lacks {wanted:?}");
