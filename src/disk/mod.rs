@@ -1,1 +1,222 @@
-//! (module under construction)
+//! Disk images: opened, locked, and read and written by an [`Engine`] that knows nothing of virtio.
+//!
+//! An [`Image`] is a raw file or a block device. It is opened and locked once, while the machine is built; an engine
+//! is made from it when the guest's driver starts, since a ring costs time and memory that an unused disk should not.
+
+mod engine;
+mod lock;
+mod sync;
+mod task;
+mod uring;
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use serde::{Deserialize, Serialize};
+
+pub use engine::{Durability, Engine};
+pub use task::{Buffers, Operation};
+
+/// The unit in which images are sized and addressed, in bytes.
+pub const SECTOR_BYTES: u64 = 512;
+
+/// How an image is opened and used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// The guest may only read.
+    pub read_only: bool,
+    /// What a flush by the guest means.
+    pub cache: Cache,
+    /// How the host is asked to do the work.
+    pub io: Io,
+}
+
+/// What a flush by the guest means.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cache {
+    /// Writes go through the host's page cache, and a flush is an `fdatasync`.
+    #[default]
+    Writeback,
+    /// A flush does nothing: a host that loses power loses what the guest was promised.
+    Unsafe,
+}
+
+/// How the host is asked to read and write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Io {
+    /// io_uring where the host allows it, else system calls that wait.
+    #[default]
+    Auto,
+    /// io_uring, or the device fails.
+    Uring,
+    /// System calls that wait, on the device's own thread.
+    Sync,
+}
+
+/// Why an image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nothing has that name.
+    #[error("disk image {path} does not exist; check the path, or create it with `truncate -s SIZE {path}`")]
+    Missing {
+        /// The image.
+        path: PathBuf,
+    },
+    /// It is neither a regular file nor a block device.
+    #[error("disk image {path} is a {kind}; give a raw image file or a block device")]
+    WrongKind {
+        /// The image.
+        path: PathBuf,
+        /// What it is instead.
+        kind: &'static str,
+    },
+    /// It holds no bytes.
+    #[error("disk image {path} is empty; give it a size with `truncate -s SIZE {path}`")]
+    Empty {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Its size is not whole sectors.
+    #[error(
+        "disk image {path} has {size_bytes} bytes, which is not a multiple of {SECTOR_BYTES}; is it a raw image? \
+         `truncate -s %{SECTOR_BYTES} {path}` pads one"
+    )]
+    PartialSector {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        size_bytes: u64,
+    },
+    /// This user may not open it at all.
+    #[error("disk image {path} may not be opened by this user; change its permissions or owner")]
+    Permission {
+        /// The image.
+        path: PathBuf,
+    },
+    /// It can be read, and writing was asked for.
+    #[error("disk image {path} cannot be written; open it read-only, or change its permissions")]
+    NotWritable {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Another process holds it.
+    #[error(
+        "disk image {path} is in use{}; stop that process, or share the image read-only in both",
+        holder_text(*.holder)
+    )]
+    Locked {
+        /// The image.
+        path: PathBuf,
+        /// Process that holds the lock, where the host tells.
+        holder: Option<u32>,
+    },
+    /// The host failed otherwise.
+    #[error("cannot {what} disk image {path}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// The image.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn holder_text(holder: Option<u32>) -> String {
+    holder.map_or_else(|| " by another process".into(), |pid| format!(" by process {pid}"))
+}
+
+/// An opened and locked image. The lock is held until the last user of the image is gone.
+#[derive(Debug)]
+pub struct Image {
+    file: File,
+    size_bytes: u64,
+    block_device: bool,
+    options: Options,
+}
+
+impl Image {
+    /// Size of the image, a multiple of [`SECTOR_BYTES`].
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// How the image was opened.
+    pub fn options(&self) -> Options {
+        self.options
+    }
+}
+
+/// Opens and locks the image at `path`: for this process alone, or together with other readers if it is read-only.
+pub fn open(path: &Path, options: &Options) -> Result<Image, Error> {
+    let owned = || path.to_path_buf();
+    let host = |what| move |source| Error::Host { what, path: path.to_path_buf(), source };
+
+    let file = open_file(path, options.read_only)?;
+    let metadata = file.metadata().map_err(host("look at"))?;
+    let kind = metadata.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(Error::WrongKind { path: owned(), kind: kind_name(kind) });
+    }
+    // Opened without waiting so that a FIFO cannot hold us up; io_uring would take the flag as "fail rather than wait".
+    fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).map_err(|errno| host("set up")(errno.into()))?;
+
+    if !lock::acquire(&file, options.read_only).map_err(host("lock"))? {
+        let holder = lock::holder(metadata.dev(), metadata.ino());
+        return Err(Error::Locked { path: owned(), holder });
+    }
+    let block_device = kind.is_block_device();
+    let size_bytes = if block_device {
+        sync::block_device_size(file.as_raw_fd()).map_err(host("find the size of"))?
+    } else {
+        file.metadata().map_err(host("look at"))?.len()
+    };
+    if size_bytes == 0 {
+        return Err(Error::Empty { path: owned() });
+    }
+    if !size_bytes.is_multiple_of(SECTOR_BYTES) {
+        return Err(Error::PartialSector { path: owned(), size_bytes });
+    }
+    Ok(Image { file, size_bytes, block_device, options: *options })
+}
+
+fn open_file(path: &Path, read_only: bool) -> Result<File, Error> {
+    let open = |write| {
+        OpenOptions::new().read(true).write(write).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
+    };
+    let source = match open(!read_only) {
+        Ok(file) => return Ok(file),
+        Err(source) => source,
+    };
+    let owned = path.to_path_buf();
+    Err(match source.kind() {
+        io::ErrorKind::NotFound => Error::Missing { path: owned },
+        io::ErrorKind::IsADirectory => Error::WrongKind { path: owned, kind: "directory" },
+        io::ErrorKind::ReadOnlyFilesystem => Error::NotWritable { path: owned },
+        io::ErrorKind::PermissionDenied if !read_only && open(false).is_ok() => {
+            Error::NotWritable { path: owned }
+        }
+        io::ErrorKind::PermissionDenied => Error::Permission { path: owned },
+        _ => Error::Host { what: "open", path: owned, source },
+    })
+}
+
+fn kind_name(kind: std::fs::FileType) -> &'static str {
+    match () {
+        () if kind.is_dir() => "directory",
+        () if kind.is_char_device() => "character device",
+        () if kind.is_fifo() => "pipe",
+        () if kind.is_socket() => "socket",
+        () => "special file",
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,110 @@
+//! What a device is to transport and worker.
+
+use std::io;
+use std::os::fd::RawFd;
+
+use event_manager::EventSet;
+
+use super::Chain;
+use crate::memory::Ram;
+
+/// A virtio device: its description, and what it does with a chain.
+///
+/// A device has one owner at a time: the transport while it is idle, its worker thread while it runs. It knows
+/// neither registers nor rings nor interrupts.
+pub trait Device: Send {
+    /// Device number (virtio 1.2 §5).
+    fn id(&self) -> u32;
+
+    /// The device's own feature bits; those of transport and queues are not its business.
+    fn features(&self) -> u64;
+
+    /// Largest size of each queue: powers of two.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// The configuration space as it is now.
+    fn config(&self) -> Vec<u8>;
+
+    /// The driver writes to the configuration space.
+    fn write_config(&mut self, offset: u32, data: &[u8]) {
+        let _ = (offset, data);
+    }
+
+    /// The driver is ready. Called on the worker thread, before any chain. What the device opens here it closes in
+    /// [`Self::stop`].
+    fn start(&mut self, activation: Activation) -> io::Result<()>;
+
+    /// Descriptors whose events the started device wants to hear of.
+    fn sources(&self) -> Vec<Source> {
+        Vec::new()
+    }
+
+    /// Takes a chain from a queue.
+    fn handle(&mut self, queue: u16, chain: Chain) -> Handled;
+
+    /// A batch of chains has been handled: starts what was put off, and hands in deferred chains that are done.
+    fn flush(&mut self, done: &mut Completions) {
+        let _ = done;
+    }
+
+    /// A [`Source`] has an event. Followed by [`Self::flush`], and by [`Self::handle`] for the queues that were told to
+    /// wait.
+    fn event(&mut self, token: u32) {
+        let _ = token;
+    }
+
+    /// Waits until no deferred chain is in flight, and hands them all in.
+    fn drain(&mut self, done: &mut Completions) {
+        let _ = done;
+    }
+
+    /// The driver has reset the device: lets go of guest memory, of chains in flight and of what [`Self::start`]
+    /// opened. Returns when nothing touches guest memory any more.
+    fn stop(&mut self);
+}
+
+/// What a device gets when its driver is ready.
+#[derive(Clone, Debug)]
+pub struct Activation {
+    /// Guest memory.
+    pub ram: Ram,
+    /// Features that the driver has accepted, those of transport and queues included.
+    pub features: u64,
+}
+
+/// What became of a chain.
+#[must_use]
+#[derive(Debug)]
+pub enum Handled {
+    /// It is done; so many bytes were written to it.
+    Done(Chain, u32),
+    /// The device keeps it and hands it in later.
+    Deferred,
+    /// The device cannot take it now: offer it again after the next event or completion.
+    Wait(Chain),
+}
+
+/// A deferred chain that is done.
+#[derive(Debug)]
+pub struct Completion {
+    /// The queue that it came from.
+    pub queue: u16,
+    /// The chain.
+    pub chain: Chain,
+    /// Bytes that were written to it.
+    pub written: u32,
+}
+
+/// Deferred chains that are done, in the order in which they go back.
+pub type Completions = Vec<Completion>;
+
+/// A descriptor that a device waits on.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// The descriptor, open as long as the device is started.
+    pub fd: RawFd,
+    /// What [`Device::event`] is called with.
+    pub token: u32,
+    /// Events to wait for.
+    pub events: EventSet,
+}

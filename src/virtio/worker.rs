@@ -1,0 +1,631 @@
+//! The thread that serves a running device's queues, written once for all devices.
+//!
+//! For each queue: suppress notifications, pop, handle, complete, until nothing is left; then ask for notifications
+//! and look again; then at most one interrupt. A batch is bounded and ends early when the thread is wanted elsewhere,
+//! so that no guest can keep it from pausing or stopping.
+
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::device::{Activation, Completions, Device, Handled};
+use super::queue::{self, Queue};
+use super::spec::{interrupt, status};
+
+/// Chains that are handled before other queues and events get their turn.
+const BATCH: usize = 128;
+/// Enough for what a device does; pages that it does not touch cost nothing.
+const STACK_BYTES: usize = 256 << 10;
+/// Configuration writes that wait for a running device; a driver that sends more loses them.
+const CONFIG_WRITES_MAX: usize = 64;
+
+/// Event data: a queue's index, or one of these.
+const WAKE: u32 = 1 << 31;
+const SOURCE: u32 = 1 << 30;
+
+/// What the registers and the worker both touch.
+#[derive(Debug)]
+pub(super) struct Shared {
+    irq: EventFd,
+    interrupt_status: AtomicU32,
+    /// [`status::DEVICE_NEEDS_RESET`] or 0.
+    device_status: AtomicU32,
+    config: Mutex<Config>,
+}
+
+/// The configuration space as the driver reads it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Config {
+    pub(super) bytes: Vec<u8>,
+    pub(super) generation: u32,
+}
+
+impl Shared {
+    pub(super) fn new(irq: EventFd, config: Vec<u8>) -> Self {
+        Self {
+            irq,
+            interrupt_status: AtomicU32::new(0),
+            device_status: AtomicU32::new(0),
+            config: Mutex::new(Config { bytes: config, generation: 0 }),
+        }
+    }
+
+    pub(super) fn interrupt_status(&self) -> u32 {
+        self.interrupt_status.load(Ordering::Acquire)
+    }
+
+    pub(super) fn acknowledge(&self, bits: u32) {
+        self.interrupt_status.fetch_and(!bits, Ordering::AcqRel);
+    }
+
+    /// Interrupts the driver for these reasons (virtio 1.2 §4.2.2: the status says which).
+    fn interrupt(&self, reasons: u32) {
+        self.interrupt_status.fetch_or(reasons, Ordering::AcqRel);
+        // Fails only when 2^64 - 2 interrupts are pending already.
+        let _ = self.irq.write(1);
+    }
+
+    pub(super) fn device_status(&self) -> u32 {
+        self.device_status.load(Ordering::Acquire)
+    }
+
+    /// The device cannot go on (virtio 1.2 §2.1.2: said by a configuration interrupt).
+    pub(super) fn needs_reset(&self) {
+        self.device_status.store(status::DEVICE_NEEDS_RESET, Ordering::Release);
+        self.interrupt(interrupt::CONFIG);
+    }
+
+    pub(super) fn reset(&self) {
+        self.device_status.store(0, Ordering::Release);
+        self.interrupt_status.store(0, Ordering::Release);
+    }
+
+    pub(super) fn config(&self) -> MutexGuard<'_, Config> {
+        lock(&self.config)
+    }
+
+    /// Shows the driver a configuration space; true if that changes it.
+    pub(super) fn publish(&self, bytes: Vec<u8>) -> bool {
+        let mut config = self.config();
+        let changed = config.bytes != bytes;
+        if changed {
+            config.bytes = bytes;
+            config.generation = config.generation.wrapping_add(1);
+        }
+        changed
+    }
+}
+
+/// Nothing here leaves what it locks half changed, so a panic elsewhere does not matter.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What the worker is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+enum Order {
+    Run,
+    Pause,
+    Stop,
+}
+
+const ORDER_MASK: u32 = 3;
+const ORDER_STEP: u32 = 4;
+
+/// What the worker has done.
+enum Reached {
+    Running,
+    /// It rests, as the order with this number said.
+    Paused(u32),
+    /// It is over; without a device if it panicked.
+    Ended(Option<Box<dyn Device>>),
+}
+
+struct Control {
+    /// An [`Order`] in the low bits, and above them a number that grows with each order.
+    order: AtomicU32,
+    wake: EventFd,
+    reached: Mutex<Reached>,
+    changed: Condvar,
+    config_writes: Mutex<Vec<(u32, Vec<u8>)>>,
+}
+
+impl Control {
+    /// The number of the last order, if it is this one.
+    fn ordered(&self, order: Order) -> Option<u32> {
+        let word = self.order.load(Ordering::Acquire);
+        (word & ORDER_MASK == order as u32).then_some(word / ORDER_STEP)
+    }
+
+    /// Gives an order; returns its number.
+    fn give(&self, order: Order) -> u32 {
+        let next = |word: u32| Some((word & !ORDER_MASK).wrapping_add(ORDER_STEP) | order as u32);
+        let before = self.order.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
+        let _ = self.wake.write(1);
+        before.ok().and_then(next).map_or(0, |word| word / ORDER_STEP)
+    }
+
+    fn reach(&self, reached: Reached) {
+        *lock(&self.reached) = reached;
+        self.changed.notify_all();
+    }
+
+    /// Waits until `is` holds, for at most `limit`.
+    fn wait(&self, limit: Duration, is: impl Fn(&Reached) -> bool) -> bool {
+        let guard = lock(&self.reached);
+        let result = self.changed.wait_timeout_while(guard, limit, |reached| !is(reached));
+        is(&result.unwrap_or_else(PoisonError::into_inner).0)
+    }
+}
+
+/// A running device, as its transport sees it.
+pub(super) struct Handle {
+    control: Arc<Control>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// A device with all that it needs to run.
+pub(super) struct Parts {
+    pub(super) device: Box<dyn Device>,
+    pub(super) activation: Activation,
+    /// `None` where the driver has not set the queue up.
+    pub(super) queues: Vec<Option<Queue>>,
+    pub(super) kicks: Arc<[EventFd]>,
+    pub(super) shared: Arc<Shared>,
+}
+
+/// Starts a thread for a device; gives the device back if the host has no thread.
+pub(super) fn spawn(parts: Parts) -> Result<Handle, (Box<dyn Device>, io::Error)> {
+    let wake = match EventFd::new(EFD_NONBLOCK) {
+        Ok(wake) => wake,
+        Err(error) => return Err((parts.device, error)),
+    };
+    let control = Arc::new(Control {
+        order: AtomicU32::new(Order::Run as u32),
+        wake,
+        reached: Mutex::new(Reached::Running),
+        changed: Condvar::new(),
+        config_writes: Mutex::new(Vec::new()),
+    });
+    // The closure of a thread that cannot be started is dropped, so the parts wait for the thread outside of it.
+    let parts = Arc::new(Mutex::new(Some(parts)));
+    let name = format!("virtio{}", lock(&parts).as_ref().map_or(0, |parts| parts.device.id()));
+    let (for_thread, its_control) = (Arc::clone(&parts), Arc::clone(&control));
+    let thread = std::thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(move || {
+        let _ended = Ended(&its_control);
+        if let Some(parts) = lock(&for_thread).take() {
+            let device = serve(parts, &its_control);
+            its_control.reach(Reached::Ended(Some(device)));
+        }
+    });
+    match thread {
+        Ok(thread) => Ok(Handle { control, thread: Some(thread) }),
+        Err(error) => match lock(&parts).take() {
+            Some(parts) => Err((parts.device, error)),
+            None => unreachable!("no thread took the parts"),
+        },
+    }
+}
+
+/// Says that the worker is over even if it panics.
+struct Ended<'a>(&'a Control);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        let mut reached = lock(&self.0.reached);
+        if !matches!(*reached, Reached::Ended(_)) {
+            *reached = Reached::Ended(None);
+        }
+        drop(reached);
+        self.0.changed.notify_all();
+    }
+}
+
+impl Handle {
+    /// Tells the worker to stop; does not wait.
+    pub(super) fn stop(&self) {
+        self.control.give(Order::Stop);
+    }
+
+    /// Waits at most `limit` for a worker that was told to stop; true if it is over.
+    pub(super) fn wait_ended(&self, limit: Duration) -> bool {
+        self.control.wait(limit, |reached| matches!(reached, Reached::Ended(_)))
+    }
+
+    /// Takes the device from a worker that is over; `None` if it panicked.
+    pub(super) fn finish(mut self) -> Option<Box<dyn Device>> {
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        match std::mem::replace(&mut *lock(&self.control.reached), Reached::Ended(None)) {
+            Reached::Ended(device) => device,
+            Reached::Running | Reached::Paused(_) => None,
+        }
+    }
+
+    /// Tells the worker to rest; what is returned can be waited for with no lock held.
+    pub(super) fn pause(&self) -> Pausing {
+        let order = self.control.give(Order::Pause);
+        Pausing { control: Arc::clone(&self.control), order }
+    }
+
+    pub(super) fn resume(&self) {
+        self.control.give(Order::Run);
+    }
+
+    /// Hands a configuration write to the worker.
+    pub(super) fn write_config(&self, offset: u32, data: &[u8]) {
+        let mut writes = lock(&self.control.config_writes);
+        if writes.len() < CONFIG_WRITES_MAX {
+            writes.push((offset, data.to_vec()));
+            drop(writes);
+            let _ = self.control.wake.write(1);
+        }
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A worker on its way to rest.
+pub(super) struct Pausing {
+    control: Arc<Control>,
+    order: u32,
+}
+
+impl Pausing {
+    /// Waits at most `limit`; true if the worker rests, or is over.
+    pub(super) fn wait(&self, limit: Duration) -> bool {
+        self.control.wait(limit, |reached| match reached {
+            Reached::Running => false,
+            Reached::Paused(order) => *order == self.order,
+            Reached::Ended(_) => true,
+        })
+    }
+}
+
+/// The thread: runs the device until it is told to stop, and gives it back.
+fn serve(parts: Parts, control: &Arc<Control>) -> Box<dyn Device> {
+    let Parts { mut device, activation, queues, kicks, shared } = parts;
+    let started = device.start(activation);
+    let service = Service::new(device, queues, Arc::clone(&kicks), shared);
+    let mut worker = Worker { service, control: Arc::clone(control), over: false };
+    if let Err(error) = started {
+        worker.service.fail(&"cannot start", &error);
+    }
+    let events = match EventManager::new_with_capacity(8) {
+        Ok(mut manager) => {
+            let id = manager.add_subscriber(worker);
+            while manager.subscriber_mut(id).is_ok_and(|worker| !worker.over) {
+                if let Err(error) = manager.run()
+                    && let Ok(worker) = manager.subscriber_mut(id)
+                {
+                    worker.service.fail(&"cannot wait for events", &error);
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+            }
+            manager.remove_subscriber(id)
+        }
+        Err(error) => {
+            worker.service.fail(&"cannot wait for events", &error);
+            while control.ordered(Order::Stop).is_none() {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Ok(worker)
+        }
+    };
+    match events {
+        Ok(worker) => worker.service.stop(),
+        Err(_) => unreachable!("the subscriber was added above"),
+    }
+}
+
+struct Worker {
+    service: Service,
+    control: Arc<Control>,
+    over: bool,
+}
+
+impl Worker {
+    /// Follows the orders that have come.
+    fn obey(&mut self) {
+        let _ = self.control.wake.read();
+        for (offset, data) in std::mem::take(&mut *lock(&self.control.config_writes)) {
+            self.service.write_config(offset, &data);
+        }
+        if self.control.ordered(Order::Stop).is_some() {
+            self.over = true;
+        } else if let Some(order) = self.control.ordered(Order::Pause) {
+            if !self.service.paused {
+                self.service.pause();
+            }
+            self.control.reach(Reached::Paused(order));
+        } else if self.service.paused {
+            self.service.paused = false;
+            self.control.reach(Reached::Running);
+            self.service.serve_all(&self.wanted());
+        }
+    }
+
+    /// Whether an order waits, for use inside a batch.
+    fn wanted(&self) -> impl Fn() -> bool + use<> {
+        let control = Arc::clone(&self.control);
+        move || control.ordered(Order::Run).is_none()
+    }
+
+    fn watch(&self, ops: &mut EventOps) -> event_manager::Result<()> {
+        ops.add(Events::with_data(&self.control.wake, WAKE, EventSet::IN))?;
+        for (index, (kick, queue)) in self.service.kicks.iter().zip(&self.service.queues).enumerate() {
+            if queue.is_some() {
+                ops.add(Events::with_data(kick, index as u32, EventSet::IN))?;
+            }
+        }
+        for source in self.service.device.sources() {
+            ops.add(Events::with_data_raw(source.fd, SOURCE | source.token, source.events))?;
+        }
+        Ok(())
+    }
+}
+
+impl MutEventSubscriber for Worker {
+    fn init(&mut self, ops: &mut EventOps) {
+        if !self.service.broken
+            && let Err(error) = self.watch(ops)
+        {
+            self.service.fail(&"cannot watch its descriptors", &error);
+        }
+        if self.service.broken {
+            // Only the order to stop matters now.
+            let _ = ops.add(Events::with_data(&self.control.wake, WAKE, EventSet::IN));
+        }
+        // The driver may have made chains available before it said that it is ready.
+        self.service.serve_all(&self.wanted());
+    }
+
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        match events.data() {
+            WAKE => self.obey(),
+            data if data & SOURCE != 0 => self.service.event(data & !SOURCE, &self.wanted()),
+            queue => self.service.kicked(queue as usize, &self.wanted()),
+        }
+    }
+}
+
+/// A started device and its queues, apart from thread and events.
+pub(super) struct Service {
+    device: Box<dyn Device>,
+    queues: Vec<Option<Queue>>,
+    /// Queues whose device asked to wait, or that were left early.
+    waiting: Vec<bool>,
+    kicks: Arc<[EventFd]>,
+    shared: Arc<Shared>,
+    done: Completions,
+    /// Queues that have completions the driver was not asked about yet.
+    completed: Vec<bool>,
+    /// Deferred chains were handed in, so a device that asked to wait may have room again.
+    progress: bool,
+    broken: bool,
+    paused: bool,
+}
+
+impl Service {
+    pub(super) fn new(
+        device: Box<dyn Device>,
+        queues: Vec<Option<Queue>>,
+        kicks: Arc<[EventFd]>,
+        shared: Arc<Shared>,
+    ) -> Self {
+        let count = queues.len();
+        Self {
+            device,
+            queues,
+            waiting: vec![false; count],
+            kicks,
+            shared,
+            done: Vec::new(),
+            completed: vec![false; count],
+            progress: false,
+            broken: false,
+            paused: false,
+        }
+    }
+
+    /// The device cannot go on; the VM does.
+    fn fail(&mut self, what: &dyn std::fmt::Display, error: &dyn std::error::Error) {
+        if !self.broken {
+            self.broken = true;
+            let cause = error.source().map(|source| format!(": {source}")).unwrap_or_default();
+            tracing::warn!(device = self.device.id(), "virtio device needs a reset: {what}: {error}{cause}");
+            self.shared.needs_reset();
+        }
+    }
+
+    fn fail_queue(&mut self, index: usize, error: &queue::Error) {
+        self.fail(&format_args!("queue {index}"), error);
+    }
+
+    /// The driver has notified queue `index`.
+    pub(super) fn kicked(&mut self, index: usize, wanted: &dyn Fn() -> bool) {
+        if let Some(kick) = self.kicks.get(index) {
+            let _ = kick.read();
+        }
+        self.serve(index, wanted);
+        self.serve_waiting(wanted);
+    }
+
+    fn event(&mut self, token: u32, wanted: &dyn Fn() -> bool) {
+        self.device.event(token);
+        self.settle();
+        self.serve_waiting(wanted);
+    }
+
+    fn serve_all(&mut self, wanted: &dyn Fn() -> bool) {
+        for index in 0..self.queues.len() {
+            self.serve(index, wanted);
+        }
+        self.serve_waiting(wanted);
+    }
+
+    /// Offers chains to the device from those queues where it asked to wait.
+    fn serve_waiting(&mut self, wanted: &dyn Fn() -> bool) {
+        self.progress = false;
+        for index in 0..self.queues.len() {
+            if self.is_waiting(index) {
+                self.serve(index, wanted);
+            }
+        }
+        if !std::mem::take(&mut self.progress) {
+            return;
+        }
+        // There may be room again, and no event to come that would say so.
+        for index in 0..self.queues.len() {
+            if self.is_waiting(index) {
+                self.call_back(index);
+            }
+        }
+    }
+
+    fn is_waiting(&self, index: usize) -> bool {
+        self.waiting.get(index).is_some_and(|waiting| *waiting)
+    }
+
+    /// Has this queue served again after others had their turn.
+    fn call_back(&self, index: usize) {
+        if let Some(kick) = self.kicks.get(index) {
+            let _ = kick.write(1);
+        }
+    }
+
+    fn serve(&mut self, index: usize, wanted: &dyn Fn() -> bool) {
+        if self.broken || self.paused {
+            return;
+        }
+        match self.serve_batches(index, wanted) {
+            Ok(true) => {}
+            Ok(false) => self.call_back(index),
+            Err(error) => self.fail_queue(index, &error),
+        }
+        self.settle();
+    }
+
+    /// Serves a queue; false if it was left although there may be more.
+    fn serve_batches(&mut self, index: usize, wanted: &dyn Fn() -> bool) -> Result<bool, queue::Error> {
+        let (Some(queue), Some(waiting)) =
+            (self.queues.get_mut(index).and_then(Option::as_mut), self.waiting.get_mut(index))
+        else {
+            return Ok(true);
+        };
+        *waiting = false;
+        let mut budget = BATCH;
+        loop {
+            queue.suppress_notifications()?;
+            loop {
+                if budget == 0 || wanted() {
+                    return Ok(false);
+                }
+                let Some(chain) = queue.pop()? else { break };
+                budget -= 1;
+                match self.device.handle(index as u16, chain) {
+                    Handled::Done(chain, written) => {
+                        queue.complete(chain, written)?;
+                        if let Some(completed) = self.completed.get_mut(index) {
+                            *completed = true;
+                        }
+                    }
+                    Handled::Deferred => {}
+                    Handled::Wait(chain) => {
+                        queue.put_back(chain);
+                        *waiting = true;
+                        return Ok(true);
+                    }
+                }
+            }
+            if !queue.expect_notifications()? {
+                return Ok(true);
+            }
+        }
+    }
+
+    /// Lets the device start what it put off, completes what is done, and interrupts at most once.
+    fn settle(&mut self) {
+        self.device.flush(&mut self.done);
+        self.complete_done();
+        self.interrupt();
+    }
+
+    fn complete_done(&mut self) {
+        let mut done = std::mem::take(&mut self.done);
+        self.progress |= !done.is_empty();
+        for completion in done.drain(..) {
+            let index = usize::from(completion.queue);
+            // The chains of a broken device are nobody's any more.
+            let Some(queue) = self.queues.get_mut(index).and_then(Option::as_mut).filter(|_| !self.broken)
+            else {
+                continue;
+            };
+            match queue.complete(completion.chain, completion.written) {
+                Ok(()) => {
+                    if let Some(completed) = self.completed.get_mut(index) {
+                        *completed = true;
+                    }
+                }
+                Err(error) => self.fail_queue(index, &error),
+            }
+        }
+        // Keeps the room that it has grown to.
+        self.done = done;
+    }
+
+    fn interrupt(&mut self) {
+        if self.broken {
+            return;
+        }
+        let mut wanted = false;
+        for index in 0..self.queues.len() {
+            let (Some(completed), Some(Some(queue))) =
+                (self.completed.get_mut(index), self.queues.get_mut(index))
+            else {
+                continue;
+            };
+            if std::mem::take(completed) {
+                match queue.wants_interrupt() {
+                    Ok(wants) => wanted |= wants,
+                    Err(error) => return self.fail_queue(index, &error),
+                }
+            }
+        }
+        if wanted {
+            self.shared.interrupt(interrupt::USED_RING);
+        }
+    }
+
+    fn write_config(&mut self, offset: u32, data: &[u8]) {
+        self.device.write_config(offset, data);
+        self.shared.publish(self.device.config());
+    }
+
+    /// Comes to rest: nothing in flight, nothing popped.
+    fn pause(&mut self) {
+        self.paused = true;
+        self.device.drain(&mut self.done);
+        self.complete_done();
+        self.interrupt();
+    }
+
+    pub(super) fn stop(mut self) -> Box<dyn Device> {
+        self.device.stop();
+        self.device
+    }
+}
