@@ -340,7 +340,7 @@ struct Worker {
 
 impl Worker {
     /// Follows the orders that have come.
-    fn obey(&mut self) {
+    fn obey(&mut self, ops: &mut EventOps) {
         let _ = self.control.wake.read();
         for (offset, data) in std::mem::take(&mut *lock(&self.control.config_writes)) {
             self.service.write_config(offset, &data);
@@ -350,11 +350,18 @@ impl Worker {
         } else if let Some(order) = self.control.ordered(Order::Pause) {
             if !self.service.paused {
                 self.service.pause();
+                // What they have to say would touch guest memory.
+                for source in self.service.device.sources() {
+                    let _ = ops.remove(Events::empty_raw(source.fd));
+                }
             }
             self.control.reach(Reached::Paused(order));
         } else if self.service.paused {
             self.service.paused = false;
             self.control.reach(Reached::Running);
+            if let Err(error) = self.watch_sources(ops) {
+                self.service.fail(&"cannot watch its descriptors", &error);
+            }
             self.service.serve_all(&self.wanted());
         }
     }
@@ -372,6 +379,10 @@ impl Worker {
                 ops.add(Events::with_data(kick, index as u32, EventSet::IN))?;
             }
         }
+        self.watch_sources(ops)
+    }
+
+    fn watch_sources(&self, ops: &mut EventOps) -> event_manager::Result<()> {
         for source in self.service.device.sources() {
             ops.add(Events::with_data_raw(source.fd, SOURCE | source.token, source.events))?;
         }
@@ -394,9 +405,9 @@ impl MutEventSubscriber for Worker {
         self.service.serve_all(&self.wanted());
     }
 
-    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
         match events.data() {
-            WAKE => self.obey(),
+            WAKE => self.obey(ops),
             data if data & SOURCE != 0 => self.service.event(data & !SOURCE, &self.wanted()),
             queue => self.service.kicked(queue as usize, &self.wanted()),
         }
