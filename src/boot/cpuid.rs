@@ -179,3 +179,129 @@ fn timing(table: &mut [kvm_cpuid_entry2], vcpu: Vcpu) -> Option<kvm_cpuid_entry2
     signature.eax = signature.eax.max(KVM_TIMING);
     Some(kvm_cpuid_entry2 { function: KVM_TIMING, eax: khz, ebx: APIC_KHZ, ..Default::default() })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INTEL: [u32; 3] = [0x756e_6547, 0x6c65_746e, 0x4965_6e69];
+    const AMD: [u32; 3] = [0x6874_7541, 0x444d_4163, 0x6974_6e65];
+
+    fn entry(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+    }
+
+    /// A host with 48 cores of two threads, APIC ID 0x55, performance counters, TSC at 2 GHz.
+    fn host([ebx, ecx, edx]: [u32; 3]) -> Vec<kvm_cpuid_entry2> {
+        let all = u32::MAX;
+        vec![
+            entry(0, 0, [0x1f, ebx, ecx, edx]),
+            entry(1, 0, [0xa0f11, 0x5560_0800, all & !TSC_DEADLINE, all]),
+            entry(4, 0, [0xfc00_4121, 1, 2, 3]),
+            entry(4, 1, [0xfc00_4143, 1, 2, 3]),
+            entry(4, 2, [0xfc1f_c163, 1, 2, 3]),
+            entry(4, 3, [0, 0, 0, 0]),
+            entry(0xa, 0, [0x0808_3005, 1, 2, 3]),
+            entry(0xb, 0, [1, 2, 0x100, 0x55]),
+            entry(0xb, 1, [7, 96, 0x201, 0x55]),
+            entry(0x15, 0, [2, 160, 25_000_000, 0]),
+            entry(0x16, 0, [2000, 3000, 100, 0]),
+            entry(0x1f, 0, [1, 2, 0x100, 0x55]),
+            entry(0x4000_0000, 0, [0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d]),
+            entry(0x4000_0001, 0, [0x0100_7efb, 0, 0, 0]),
+            entry(0x8000_0001, 0, [0, 0, all, all]),
+            entry(0x8000_0008, 0, [0x3030, 0, 0x705f, 0]),
+            entry(0x8000_001d, 0, [0x0400_4121, 1, 2, 3]),
+            entry(0x8000_001d, 3, [0x043f_c163, 1, 2, 3]),
+            entry(0x8000_001e, 0, [0x55, 0x12a, 0x305, 0]),
+            entry(0x8000_0026, 0, [1, 2, 0x100, 0x55]),
+        ]
+    }
+
+    fn guest(vendor: [u32; 3], index: u8, count: u8) -> Vec<kvm_cpuid_entry2> {
+        let vcpu = Vcpu { index, count, tsc_deadline: true, tsc_khz: Some(2_000_000) };
+        build(&host(vendor), vcpu, &[])
+    }
+
+    fn leaf(table: &[kvm_cpuid_entry2], function: u32, index: u32) -> [u32; 4] {
+        let mut found = table.iter().filter(|entry| entry.function == function && entry.index == index);
+        let entry = found.next().unwrap_or_else(|| panic!("no leaf {function:#x}/{index}"));
+        assert!(found.next().is_none(), "two of leaf {function:#x}/{index}");
+        [entry.eax, entry.ebx, entry.ecx, entry.edx]
+    }
+
+    #[test]
+    fn identity_and_topology_are_the_guests_own() {
+        for (index, count, bits) in [(0, 1, 0), (3, 4, 2), (4, 5, 3), (31, 32, 5)] {
+            for vendor in [INTEL, AMD] {
+                let table = guest(vendor, index, count);
+                let (id, count) = (u32::from(index), u32::from(count));
+                let [_, ebx, ecx, edx] = leaf(&table, 1, 0);
+                assert_eq!((ebx >> 24, ebx >> 16 & 0xff, ebx & 0xffff), (id, count, 0x0800));
+                assert_eq!(edx & HTT != 0, count > 1);
+                assert_eq!(ecx & (HYPERVISOR | TSC_DEADLINE | OSXSAVE), HYPERVISOR | TSC_DEADLINE);
+                assert_eq!(leaf(&table, 0xb, 0), [0, 1, 0x100, id]);
+                assert_eq!(leaf(&table, 0xb, 1), [bits, count, 0x201, id]);
+                assert_eq!(leaf(&table, 0xb, 2), [0, 0, 2, id]);
+                assert!(table.iter().all(|entry| !matches!(entry.function, 0x1f | 0x8000_0026)));
+                assert_eq!(leaf(&table, 0xa, 0), [0; 4]);
+            }
+            let amd = guest(AMD, index, count);
+            let [eax, ebx, ecx, _] = leaf(&amd, 0x8000_001e, 0);
+            assert_eq!((eax, ebx, ecx), (index.into(), index.into(), 0));
+            assert_eq!(leaf(&amd, 0x8000_0008, 0)[2], bits << 12 | (u32::from(count) - 1));
+            assert_eq!(leaf(&guest(INTEL, index, count), 0x8000_0008, 0)[2], 0x705f);
+        }
+    }
+
+    #[test]
+    fn caches_are_shared_within_the_guest_only() {
+        let table = guest(INTEL, 0, 6);
+        // Bits 25..14 threads that share it less one, 31..26 cores of the package less one.
+        let sharing = |eax: u32| (eax >> 14 & 0xfff, eax >> 26);
+        assert_eq!(sharing(leaf(&table, 4, 0)[0]), (0, 7));
+        assert_eq!(sharing(leaf(&table, 4, 1)[0]), (0, 7));
+        assert_eq!(sharing(leaf(&table, 4, 2)[0]), (5, 7));
+        assert_eq!(leaf(&table, 4, 2)[0] & 0x3fff, 0xfc1f_c163 & 0x3fff);
+        assert_eq!(leaf(&table, 4, 3), [0; 4]);
+        let table = guest(AMD, 0, 6);
+        assert_eq!(leaf(&table, 0x8000_001d, 0)[0] >> 14 & 0xfff, 0);
+        assert_eq!(leaf(&table, 0x8000_001d, 3)[0] >> 14 & 0xfff, 5);
+    }
+
+    #[test]
+    fn frequencies_are_told_only_where_they_are_true() {
+        let with =
+            |tsc_khz| build(&host(INTEL), Vcpu { index: 0, count: 1, tsc_deadline: false, tsc_khz }, &[]);
+        let table = with(Some(2_000_000));
+        assert_eq!(leaf(&table, 0x15, 0), [2, 160, 25_000_000, 0]);
+        assert_eq!(leaf(&table, 0x16, 0), [0; 4]);
+        assert_eq!(leaf(&table, 0x4000_0010, 0), [2_000_000, 1_000_000, 0, 0]);
+        assert_eq!(leaf(&table, 0x4000_0000, 0)[0], 0x4000_0010);
+        assert_eq!(leaf(&table, 1, 0)[2] & TSC_DEADLINE, 0);
+        // Scaled by KVM: the host's crystal no longer tells the guest's frequency.
+        assert_eq!(leaf(&with(Some(2_500_000)), 0x15, 0), [0; 4]);
+        let table = with(None);
+        assert_eq!(leaf(&table, 0x15, 0), [0; 4]);
+        assert!(table.iter().all(|entry| entry.function != 0x4000_0010));
+        assert_eq!(leaf(&table, 0x4000_0000, 0)[0], 0x4000_0001);
+    }
+
+    #[test]
+    fn patches_come_last() {
+        let patch = |leaf, subleaf, register, clear, set| CpuidPatch { leaf, subleaf, register, clear, set };
+        let patches = [
+            patch(0x4000_0001, None, Register::Eax, 1 << 24 | 1 << 5, 0),
+            patch(1, None, Register::Ecx, 1 << 31, 0),
+            patch(4, Some(1), Register::Edx, 0, 0x8000_0000),
+            patch(0x1234, None, Register::Ebx, 0, 1),
+        ];
+        let vcpu = Vcpu { index: 0, count: 1, tsc_deadline: true, tsc_khz: None };
+        let table = build(&host(AMD), vcpu, &patches);
+        assert_eq!(leaf(&table, 0x4000_0001, 0)[0], 0x0000_7edb);
+        assert_eq!(leaf(&table, 1, 0)[2] >> 31, 0);
+        assert_eq!(leaf(&table, 4, 0)[3], 3);
+        assert_eq!(leaf(&table, 4, 1)[3], 0x8000_0003);
+        assert!(table.iter().all(|entry| entry.function != 0x1234));
+    }
+}

@@ -37,6 +37,8 @@ pub const GENERATION_ID: u64 = ACPI + 0x40;
 pub const ACPI_TABLES: u64 = ACPI + 0x80;
 /// End of the ACPI area.
 pub const ACPI_END: u64 = 0xf_0000;
+/// Where a processor starts, and where a kernel jumps that wants the firmware to reset the machine.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 
 /// First address that a kernel or an initrd may take.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
@@ -136,6 +138,7 @@ mod tests {
             (ACPI, 36),
             (GENERATION_ID, 16),
             (ACPI_TABLES, ACPI_END - ACPI_TABLES),
+            (RESET_VECTOR, 16),
             (HIGH_MEMORY, 0),
         ];
         for pair in areas.windows(2) {

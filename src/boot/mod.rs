@@ -140,6 +140,7 @@ pub fn load(ram: &Ram, source: &Source, machine: &Machine, cmdline: &Cmdline) ->
     let described = if discovery == Discovery::Cmdline { &[][..] } else { &machine.virtio };
     acpi::write_tables(ram, machine, described)?;
     write(ram, "the MP table", layout::EBDA, &mptable::build(layout::EBDA, machine.cpus))?;
+    write(ram, "the reset vector", layout::RESET_VECTOR, &registers::RESET_CODE)?;
     registers::write_tables(ram, protocol, placed.end)?;
     Ok(Loaded {
         protocol,

@@ -9,6 +9,7 @@ use super::layout::{self, IDENTITY_MAP_MAX_GIB, PAGE_TABLES};
 use super::params::write;
 use super::{Loaded, Protocol};
 use crate::memory::Ram;
+use crate::platform;
 
 /// Selectors that the 64-bit Linux boot protocol asks for (`__BOOT_CS`, `__BOOT_DS`), and one for the task state.
 const CODE: u16 = 0x10;
@@ -42,6 +43,15 @@ const APIC_LVT_LINT1: usize = 0x360;
 const DELIVERY_NMI: u32 = 4 << 8;
 const DELIVERY_EXT_INT: u32 = 7 << 8;
 const DELIVERY_AND_MASK: u32 = (7 << 8) | (1 << 16);
+
+/// Code for [`layout::RESET_VECTOR`]: writes to the ACPI reset register, then halts.
+///
+/// A Linux kernel that runs on hardware-reduced ACPI and was built for EFI too looks for no other way to reset.
+pub(super) const RESET_CODE: [u8; 9] = {
+    let [low, high] = platform::RESET.to_le_bytes();
+    // mov dx, RESET; mov al, RESET_VALUE; out dx, al; hlt; jmp to the hlt
+    [0xba, low, high, 0xb0, platform::RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
+};
 
 /// General registers of the first vCPU.
 pub fn regs(loaded: &Loaded) -> kvm_regs {
@@ -141,4 +151,79 @@ pub(super) fn write_tables(ram: &Ram, protocol: Protocol, mapped_end: u64) -> Re
 
 fn bytes_of(words: impl IntoIterator<Item = u64>) -> Vec<u8> {
     words.into_iter().flat_map(u64::to_le_bytes).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boot::Discovery;
+
+    fn loaded(protocol: Protocol) -> Loaded {
+        Loaded {
+            protocol,
+            entry: 0x100_0200,
+            kernel_end: 0x200_0000,
+            initrd: None,
+            cmdline: String::new(),
+            added: Vec::new(),
+            discovery: Discovery::Acpi,
+            generation_id_addr: layout::GENERATION_ID,
+        }
+    }
+
+    /// The fields of a segment that its descriptor gives (Intel SDM volume 3, figure 3-8).
+    fn descriptor(segment: kvm_segment) -> u64 {
+        let limit = u64::from(if segment.g == 1 { segment.limit >> 12 } else { segment.limit });
+        let access = u64::from(segment.type_)
+            | u64::from(segment.s) << 4
+            | u64::from(segment.dpl) << 5
+            | u64::from(segment.present) << 7;
+        let flags = u64::from(segment.l) << 1 | u64::from(segment.db) << 2 | u64::from(segment.g) << 3;
+        limit & 0xffff | access << 40 | (limit >> 16 & 0xf) << 48 | flags << 52
+    }
+
+    #[test]
+    fn segments_agree_with_the_descriptor_table() {
+        for protocol in [Protocol::Linux64, Protocol::Pvh] {
+            let sregs = sregs(&loaded(protocol), kvm_sregs::default());
+            let table = gdt(protocol == Protocol::Linux64);
+            for segment in [sregs.cs, sregs.ds, sregs.ss, sregs.tr] {
+                assert_eq!(table[usize::from(segment.selector) / 8], descriptor(segment), "{segment:x?}");
+            }
+            assert_eq!(usize::from(sregs.gdt.limit) + 1, size_of_val(&table));
+        }
+    }
+
+    #[test]
+    fn each_protocol_gets_the_mode_it_asks_for() {
+        let reset = kvm_sregs { apic_base: 0xfee0_0900, cr0: 0x6000_0010, ..Default::default() };
+        let linux = sregs(&loaded(Protocol::Linux64), reset);
+        assert_eq!((linux.cr0, linux.cr4, linux.efer), (0x8000_0011, 0x20, 0x500));
+        assert_eq!((linux.cs.l, linux.cs.db, linux.cr3), (1, 0, PAGE_TABLES));
+        let pvh = sregs(&loaded(Protocol::Pvh), reset);
+        assert_eq!((pvh.cr0, pvh.cr4, pvh.efer), (0x11, 0, 0));
+        assert_eq!((pvh.cs.l, pvh.cs.db), (0, 1));
+        assert_eq!([linux.apic_base, pvh.apic_base], [0xfee0_0900; 2]);
+        assert_eq!(regs(&loaded(Protocol::Linux64)).rsi, layout::ZERO_PAGE);
+        assert_eq!(regs(&loaded(Protocol::Pvh)).rbx, layout::PVH_START_INFO);
+        assert_eq!(regs(&loaded(Protocol::Pvh)).rip, 0x100_0200);
+    }
+
+    #[test]
+    fn lapic_lines_are_wired_and_unmasked() {
+        let mut lapic = kvm_lapic_state::default();
+        let set = |lapic: &mut kvm_lapic_state, at: usize, value: u32| {
+            for (to, from) in lapic.regs[at..].iter_mut().zip(value.to_le_bytes()) {
+                *to = from as _;
+            }
+        };
+        set(&mut lapic, APIC_LVT_LINT0, 0x0001_0000);
+        set(&mut lapic, APIC_LVT_LINT1, 0x0001_0755);
+        let before = lapic;
+        wire_lapic(&mut lapic);
+        let get = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|byte| lapic.regs[at + byte] as u8));
+        assert_eq!((get(APIC_LVT_LINT0), get(APIC_LVT_LINT1)), (0x700, 0x455));
+        let changed = lapic.regs.iter().zip(&before.regs).filter(|(a, b)| a != b).count();
+        assert_eq!(changed, 4);
+    }
 }
