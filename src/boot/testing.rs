@@ -1,4 +1,4 @@
-//! Tiny guests for tests and benchmarks: a few instructions in an ELF kernel, assembled here.
+//! Tiny guests for tests and benchmarks: a few instructions in an ELF kernel or a bzImage, assembled here.
 //!
 //! The instructions mean the same in 64-bit and in 32-bit mode, so that one guest serves both boot protocols.
 
@@ -6,6 +6,9 @@ use crate::platform;
 
 /// Where the guest's code lies and starts.
 pub const CODE_ADDR: u64 = 0x10_0000;
+
+/// Where the guest's code is loaded if it is a bzImage; the program starts 0x200 bytes after.
+pub const BZIMAGE_ADDR: u64 = 0x20_0000;
 
 /// `SLEEP_CONTROL` value that powers off: sleep type S5 and the enable bit.
 const POWER_OFF: u8 = platform::SLEEP_TYPE_S5 << 2 | 1 << 5;
@@ -105,7 +108,34 @@ impl Program {
         self.raw(&[0xeb, 0xfe])
     }
 
-    /// The whole ELF file.
+    /// The program as a bzImage, whose load address is [`BZIMAGE_ADDR`].
+    pub fn bzimage(&self) -> Vec<u8> {
+        const SETUP_LEN: usize = 2 * 512;
+        const ENTRY: usize = 0x200;
+        let mut file = vec![0; SETUP_LEN + ENTRY];
+        file.extend_from_slice(&self.code);
+        file.resize(file.len().next_multiple_of(16), 0);
+        let paragraphs = ((file.len() - SETUP_LEN) / 16) as u32;
+        let mut put = |at: usize, bytes: &[u8]| file[at..][..bytes.len()].copy_from_slice(bytes);
+        // Fields by their offsets in the Linux boot protocol.
+        put(0x1f1, &[1]); // setup_sects
+        put(0x1f4, &paragraphs.to_le_bytes()); // syssize
+        put(0x1fe, &[0x55, 0xaa]); // boot_flag
+        put(0x200, &[0xeb, 0x6a]); // jump, past the end of the header
+        put(0x202, b"HdrS"); // header
+        put(0x206, &[0x0f, 0x02]); // version
+        put(0x211, &[1]); // loadflags: LOADED_HIGH
+        put(0x22c, &0x7fff_ffff_u32.to_le_bytes()); // initrd_addr_max
+        put(0x230, &0x20_0000_u32.to_le_bytes()); // kernel_alignment
+        put(0x234, &[1, 21]); // relocatable_kernel, min_alignment
+        put(0x236, &[1, 0]); // xloadflags: XLF_KERNEL_64
+        put(0x238, &2047_u32.to_le_bytes()); // cmdline_size
+        put(0x258, &BZIMAGE_ADDR.to_le_bytes()); // pref_address
+        put(0x260, &0x20_0000_u32.to_le_bytes()); // init_size
+        file
+    }
+
+    /// The program as an ELF kernel.
     pub fn elf(&self) -> Vec<u8> {
         let mut image = ElfImage::new(CODE_ADDR);
         image.segment(CODE_ADDR, &self.code, self.code.len() as u64);

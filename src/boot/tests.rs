@@ -5,10 +5,11 @@ use std::path::PathBuf;
 
 use linux_loader::bootparam::boot_params;
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
+use proptest::prelude::*;
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::testing::{CODE_ADDR, ElfImage, Program};
+use super::testing::{BZIMAGE_ADDR, CODE_ADDR, ElfImage, Program};
 use super::*;
 use crate::memory;
 use crate::platform::mmio_slot;
@@ -265,4 +266,206 @@ fn paths_that_are_no_files_are_called_by_their_name() {
     let pipe = directory.join("pipe");
     nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRUSR).unwrap();
     assert!(text(Initrd::open(&pipe).unwrap_err()).ends_with("is a pipe, not a file"));
+}
+
+#[test]
+fn bzimage_is_loaded_where_it_wants_to_be() {
+    let files = Files::new();
+    let program = Program::new().print("x").power_off();
+    let file = program.bzimage();
+    let mut source = files.source(&file);
+    source.initrd = Some(Initrd::open(&files.add("initrd", b"tiny")).unwrap());
+    let ram = memory::allocate(16 * MIB).unwrap();
+    let loaded = load(&ram, &source, &machine(), &Cmdline::new("quiet").unwrap()).unwrap();
+    assert_eq!((loaded.protocol, loaded.entry), (Protocol::Linux64, BZIMAGE_ADDR + 0x200));
+    assert_eq!((loaded.kernel_end, loaded.discovery), (BZIMAGE_ADDR + 2 * MIB, Discovery::Acpi));
+    assert_eq!((loaded.cmdline.as_str(), loaded.added.len()), ("quiet", 0));
+    assert_eq!(read(&ram, BZIMAGE_ADDR, file.len() - 1024), file[1024..]);
+    let page: boot_params = ram.read_obj(GuestAddress(layout::ZERO_PAGE)).unwrap();
+    assert_eq!(
+        ({ page.hdr.version }, page.hdr.type_of_loader, { page.hdr.init_size }),
+        (0x20f, 0xff, 2 << 20)
+    );
+    assert_eq!(({ page.hdr.cmd_line_ptr }, { page.hdr.ramdisk_size }), (layout::CMDLINE as u32, 4));
+    // What follows the header in the file is the program's, not the kernel's.
+    assert_eq!({ page._pad7 }, [0; 36]);
+
+    source.protocol = BootProtocol::Pvh;
+    let error = load(&ram, &source, &machine(), &Cmdline::default()).unwrap_err();
+    assert!(matches!(error, Error::Kernel { source: Defect::BzImagePvh, .. }), "{error}");
+}
+
+#[test]
+fn broken_bzimages_are_refused() {
+    let files = Files::new();
+    let good = Program::new().halt().bzimage();
+    let open = |change: &dyn Fn(&mut Vec<u8>)| {
+        let mut file = good.clone();
+        change(&mut file);
+        match Kernel::open(&files.add("kernel", &file)) {
+            Err(Error::Kernel { source, .. }) => source.to_string(),
+            other => panic!("{other:?}"),
+        }
+    };
+    for (wanted, change) in [
+        ("boot protocol 2.11", (&|file: &mut Vec<u8>| file[0x206] = 0x0b) as &dyn Fn(&mut Vec<u8>)),
+        ("no 64-bit entry point", &|file| file[0x236] = 0),
+        ("no 64-bit entry point", &|file| file[0x211] = 0),
+        ("the compressed kernel ends at byte 1552, the file has 1551", &|file| file.truncate(1551)),
+        ("the compressed kernel ends at byte 1552, the file has 700", &|file| file.truncate(700)),
+        ("the setup header ends at byte 620, the file has 600", &|file| file.truncate(600)),
+        ("the compressed kernel", &|file| file[0x1f7] = 0xff),
+        ("the compressed kernel", &|file| file[0x1f4..0x1f8].fill(0)),
+        ("preferred address 0x0", &|file| file[0x258..0x260].fill(0)),
+        ("preferred address 0xffffffffffffffff", &|file| file[0x258..0x260].fill(0xff)),
+    ] {
+        let error = open(change);
+        assert!(error.contains(wanted), "{error:?} lacks {wanted:?}");
+    }
+}
+
+#[test]
+fn a_kernel_that_knows_acpi_gets_its_devices_by_acpi() {
+    let files = Files::new();
+    // A file with a `.rodata` section that has `contents` in it.
+    let kernel = |contents: &[u8]| {
+        let mut file = Program::new().halt().elf();
+        file.resize(file.len().next_multiple_of(8), 0);
+        let rodata = file.len() as u64;
+        file.extend_from_slice(contents);
+        let names = file.len() as u64;
+        file.extend_from_slice(b"\0.rodata\0.shstrtab\0");
+        file.resize(file.len().next_multiple_of(8), 0);
+        let table = file.len() as u64;
+        for (name, offset, len) in [(0_u32, 0, 0), (1, rodata, contents.len() as u64), (9, names, 19)] {
+            let mut header = [0_u8; 64];
+            header[..4].copy_from_slice(&name.to_le_bytes());
+            header[24..32].copy_from_slice(&u64::to_le_bytes(offset));
+            header[32..40].copy_from_slice(&len.to_le_bytes());
+            file.extend_from_slice(&header);
+        }
+        file[40..48].copy_from_slice(&table.to_le_bytes());
+        file[60..64].copy_from_slice(&[3, 0, 2, 0]);
+        file
+    };
+    let mut with_acpi = vec![0x55; 300_000];
+    with_acpi[262_144..262_152].copy_from_slice(b"LNRO0005");
+    for (contents, user, wanted) in [
+        (&with_acpi[..], "", Discovery::Acpi),
+        (&with_acpi, "acpi=off", Discovery::Cmdline),
+        (&with_acpi[..262_144], "", Discovery::Both),
+        (&[], "", Discovery::Both),
+    ] {
+        let source = files.source(&kernel(contents));
+        let ram = memory::allocate(16 * MIB).unwrap();
+        let loaded = load(&ram, &source, &machine(), &Cmdline::new(user).unwrap()).unwrap();
+        assert_eq!(loaded.discovery, wanted);
+        assert_eq!(loaded.added.len(), if wanted == Discovery::Acpi { 0 } else { 2 });
+    }
+    let mut asked = machine();
+    asked.discovery = Discovery::Cmdline;
+    let source = files.source(&kernel(&with_acpi));
+    let ram = memory::allocate(16 * MIB).unwrap();
+    let line = Cmdline::new("virtio_mmio.device=4K@0xd0000000:5").unwrap();
+    let loaded = load(&ram, &source, &asked, &line).unwrap();
+    assert_eq!((loaded.discovery, loaded.added), (Discovery::Cmdline, vec![]));
+}
+
+#[test]
+fn a_kernel_file_that_shrinks_after_the_check_is_an_error() {
+    let files = Files::new();
+    let contents = pattern(20_000);
+    let mut image = ElfImage::new(MIB);
+    image.segment_at(0x1001, MIB, &contents, 20_000);
+    let source = files.source(&image.build());
+    let file = fs::File::options().write(true).open(source.kernel.path()).unwrap();
+    file.set_len(0x2000).unwrap();
+    let ram = memory::allocate(16 * MIB).unwrap();
+    let error = load(&ram, &source, &machine(), &Cmdline::default()).unwrap_err();
+    assert!(matches!(error, Error::Read { role: Role::Kernel, .. }), "{error}");
+
+    let source = files.source(&Program::new().halt().bzimage());
+    let file = fs::File::options().write(true).open(source.kernel.path()).unwrap();
+    file.set_len(0x300).unwrap();
+    let error = load(&ram, &source, &machine(), &Cmdline::default()).unwrap_err();
+    assert!(matches!(error, Error::Load { .. }), "{error}");
+}
+
+/// Opens and loads whatever is in the file; a kernel that is accepted must keep to its guest's memory.
+fn try_kernel(bytes: &[u8]) {
+    let files = Files::new();
+    let Ok(kernel) = Kernel::open(&files.add("kernel", bytes)) else { return };
+    let source = Source { kernel, initrd: None, protocol: BootProtocol::Auto };
+    let ram = memory::allocate(16 * MIB).unwrap();
+    if let Ok(loaded) = load(&ram, &source, &machine(), &Cmdline::default()) {
+        assert!(loaded.kernel_end <= 16 * MIB && loaded.entry < loaded.kernel_end, "{loaded:x?}");
+        assert!(loaded.entry >= MIB, "{loaded:x?}");
+    }
+}
+
+/// Numbers that are likely to be handled wrongly.
+fn edge() -> impl Strategy<Value = u64> {
+    let powers = (0..64_u32, -2..=2_i64).prop_map(|(bit, delta)| (1_u64 << bit).wrapping_add_signed(delta));
+    prop_oneof![any::<u64>(), powers, 0..0x4000_u64, Just(CODE_ADDR), Just(u64::MAX)]
+}
+
+proptest! {
+    #[test]
+    fn hostile_elf_headers_do_no_harm(
+        fields in prop::collection::vec((0..200_usize, edge(), 1..=8_usize), 1..6),
+        cut in prop::option::of(0..0x1100_usize),
+        pvh: bool,
+    ) {
+        let program = Program::new().print("hi").halt();
+        let mut file = if pvh { program.with_pvh() } else { program }.elf();
+        for (at, value, len) in fields {
+            // Past the identification, which would otherwise end most cases at once.
+            file[20 + at..][..len].copy_from_slice(&value.to_le_bytes()[..len]);
+        }
+        file.truncate(cut.unwrap_or(usize::MAX));
+        try_kernel(&file);
+    }
+
+    #[test]
+    fn hostile_segments_do_no_harm(
+        segments in prop::collection::vec([edge(), edge(), edge(), edge()], 1..6),
+        entry in edge(),
+    ) {
+        let mut file = ElfImage::new(entry).build();
+        file.truncate(64);
+        for [offset, addr, file_len, mem_len] in &segments {
+            for number in [7 << 32 | 1, *offset, *addr, *addr, *file_len, *mem_len, 0x1000] {
+                file.extend_from_slice(&number.to_le_bytes());
+            }
+        }
+        file[56] = segments.len() as u8;
+        file.resize(0x8000, 0x90);
+        try_kernel(&file);
+    }
+
+    #[test]
+    fn hostile_setup_headers_do_no_harm(
+        fields in prop::collection::vec((0x1f1..0x270_usize, edge(), 1..=8_usize), 1..6),
+        cut in prop::option::of(0..1600_usize),
+    ) {
+        let mut file = Program::new().print("hi").halt().bzimage();
+        for (at, value, len) in fields {
+            file[at..][..len].copy_from_slice(&value.to_le_bytes()[..len]);
+        }
+        file.truncate(cut.unwrap_or(usize::MAX));
+        try_kernel(&file);
+    }
+
+    #[test]
+    fn arbitrary_notes_do_no_harm(notes in prop::collection::vec(any::<u8>(), 0..200)) {
+        let mut image = ElfImage::new(CODE_ADDR);
+        image.segment(CODE_ADDR, &[0xf4], 1).pvh_note(CODE_ADDR as u32);
+        let mut file = image.build();
+        let at = file.len() - 20;
+        file.truncate(at);
+        file.extend_from_slice(&notes);
+        let len = (notes.len() as u64).to_le_bytes();
+        file[64 + 56 + 32..][..8].copy_from_slice(&len);
+        try_kernel(&file);
+    }
 }
