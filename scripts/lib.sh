@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+# What the scripts share; sourced, with `name` set to the script's own name.
+# shellcheck shell=bash
+
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+guest=$project/target/guest
+
+say() { echo "$name: $*" >&2; }
+die() {
+    say "$*"
+    exit 1
+}
+
+# logged LABEL LOG CMD…: runs CMD quietly, its output to LOG; on a terminal the time passes beside the label.
+logged() {
+    local label=$1 log=$2 start=$SECONDS status=0 child
+    shift 2
+    mkdir -p "$(dirname "$log")"
+    say "$label"
+    "$@" >"$log" 2>&1 </dev/null &
+    child=$!
+    if [ -t 2 ]; then
+        while kill -0 "$child" 2>/dev/null; do
+            printf '\r%s: %s (%d s) ' "$name" "$label" $((SECONDS - start)) >&2
+            sleep 1
+        done
+        printf '\r\033[K' >&2
+    fi
+    wait "$child" || status=$?
+    if [ "$status" != 0 ]; then
+        tail -n 30 "$log" >&2
+        die "$label: failed after $((SECONDS - start)) s; the whole log is $log"
+    fi
+    say "$label: done in $((SECONDS - start)) s"
+}
+
+# need_packages PACKAGE…: installs those Debian packages that are missing.
+need_packages() {
+    local package missing=
+    for package; do
+        [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=" $package"
+    done
+    [ -n "$missing" ] || return 0
+    command -v apt-get >/dev/null || die "packages are missing and there is no apt-get:$missing"
+    [ "$(id -u)" = 0 ] || die "packages are missing: run  sudo apt-get install$missing"
+    export DEBIAN_FRONTEND=noninteractive
+    local install=(apt-get -o DPkg::Lock::Timeout=600 install -y -q --no-install-recommends)
+    # shellcheck disable=SC2086
+    if ! "${install[@]}" --dry-run $missing >/dev/null 2>&1; then
+        logged "updating the package lists" "$guest/log/apt-update" apt-get -o DPkg::Lock::Timeout=600 update -q
+    fi
+    # shellcheck disable=SC2086
+    logged "installing packages:$missing" "$guest/log/apt-install" "${install[@]}" $missing
+}
+
+# kvm_kind: pvm, hardware or none, as far as names tell; `rvmm doctor` probes.
+kvm_kind() {
+    if [ -d /sys/module/kvm_pvm ]; then
+        echo pvm
+    elif grep -qEw 'vmx|svm' /proc/cpuinfo; then
+        echo hardware
+    else
+        echo none
+    fi
+}
+
+# host_kernel: which of the two guest kernels this host needs.
+host_kernel() {
+    if [ "$(kvm_kind)" = pvm ]; then echo pvm; else echo full; fi
+}
+
+# kernel_file KIND: where build-kernel puts it.
+kernel_file() {
+    case $1 in
+    pvm) echo "$guest/vmlinux-pvm" ;;
+    full) echo "$guest/vmlinux" ;;
+    esac
+}
+
+# place FROM TO: a copy that replaces TO in one step, so that nobody sees half a file or a changing one.
+place() {
+    cmp -s "$1" "$2" && return 0
+    cp --sparse=always "$1" "$2.$$" && mv -f "$2.$$" "$2"
+}

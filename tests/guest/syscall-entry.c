@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * User code that jumps to the kernel's system call entry must gain nothing.
+ *
+ *   syscall-entry [ADDRESS]
+ *
+ * On a PVM host the kernel takes a page fault at entry_SYSCALL_64 for a SYSCALL
+ * instruction, so user code can present any RCX and R11 there. On other hosts the
+ * jump is an ordinary fault. Both are right; privilege in the flags, kernel code
+ * reached, a filter evaded or I/O allowed is not. Run as root, since the address
+ * comes from /proc/kallsyms. Exit status 0 if nothing was gained.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/seccomp.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define IF 0x200ul
+#define IOPL 0x3000ul
+#define NOT_FOR_USERS (IOPL | 0x4000ul | 0x20000ul | 0x180000ul) /* IOPL NT VM VIF VIP */
+
+static unsigned long entry;
+static int failures;
+static sigjmp_buf back;
+static volatile int caught;
+
+static void on_fault(int number)
+{
+	caught = number;
+	siglongjmp(back, 1);
+}
+
+/* Jump to the entry; the flags found after the return, and RAX. */
+static unsigned long jump(unsigned long rax, unsigned long r11, long *result)
+{
+	unsigned long flags;
+
+	asm volatile(
+		"leaq 1f(%%rip), %%rcx\n\t"
+		"movq %[r11], %%r11\n\t"
+		"subq $128, %%rsp\n\t" /* the red zone */
+		"jmp *%[entry]\n"
+		"1:\tpushfq\n\t"
+		"popq %%r11\n\t"
+		"pushq $0x202\n\t"
+		"popfq\n\t"
+		"cld\n\t"
+		"addq $128, %%rsp\n\t"
+		"movq %%r11, %[flags]\n\t"
+		: "+a"(rax), [flags] "=r"(flags)
+		: [r11] "r"(r11), [entry] "r"(entry)
+		: "rcx", "r11", "memory", "cc");
+	*result = rax;
+	return flags;
+}
+
+static void jump_to(unsigned long rax, unsigned long rcx, unsigned long r11)
+{
+	asm volatile("movq %[r11], %%r11\n\tjmp *%[entry]\n"
+		     : "+a"(rax)
+		     : "c"(rcx), [r11] "r"(r11), [entry] "r"(entry)
+		     : "r11", "memory", "cc");
+}
+
+static void fail(const char *what, unsigned long value)
+{
+	printf("syscall-entry: GAINED: %s (0x%lx)\n", what, value);
+	failures++;
+}
+
+static int io_allowed(void)
+{
+	if (sigsetjmp(back, 1))
+		return 0;
+	asm volatile("outb %%al, $0x80" : : "a"(0));
+	return 1;
+}
+
+static int cli_allowed(void)
+{
+	if (sigsetjmp(back, 1))
+		return 0;
+	asm volatile("cli; sti");
+	return 1;
+}
+
+/* Flags of every kind in R11. */
+static void hostile_flags(void)
+{
+	static const unsigned long tries[] = {
+		IF | 2, IOPL | IF | 2, IOPL, 0, 0x4000 | IF, 0x20000 | IF, 0x80000 | IF,
+		0x100000 | IF, 0x200000 | IF, 0x40000 | IF, 0x10000 | IF, 0x400 | IF,
+		~0ul & ~0x100ul, 0xffffffff00000000ul | IOPL, 0x8000 | IF,
+	};
+	volatile int taken = 0, refused = 0;
+
+	for (volatile size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
+		long result = 0;
+		if (sigsetjmp(back, 1)) {
+			refused++;
+		} else {
+			unsigned long flags = jump(SYS_getppid, tries[i], &result);
+			taken++;
+			if (flags & NOT_FOR_USERS)
+				fail("privileged flags", flags);
+			if (!(flags & IF))
+				fail("interrupts off", flags);
+			if (result != getppid())
+				fail("a wrong result", result);
+		}
+		if (io_allowed())
+			fail("port access after R11", tries[i]);
+		if (cli_allowed())
+			fail("CLI after R11", tries[i]);
+	}
+	printf("syscall-entry: hostile flags: %d taken as system calls, %d faults\n", taken, refused);
+	if (taken && refused)
+		fail("neither one nor the other", taken);
+}
+
+/* Return addresses that are not user space: all must end in a signal. */
+static void hostile_return(void)
+{
+	const unsigned long tries[] = {
+		entry, entry + 1, 0xffffffffffffffff, 0xffff800000000000, 0x8000000000000000,
+		0x0000800000000000, 0x00007ffffffff000, 0xffffffffff600000, 0,
+	};
+
+	for (volatile size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
+		caught = 0;
+		if (!sigsetjmp(back, 1)) {
+			jump_to(SYS_getppid, tries[i], IOPL | IF | 2);
+			fail("came back from", tries[i]);
+		}
+		if (caught != SIGSEGV && caught != SIGBUS && caught != SIGILL)
+			fail("another signal than a fault", caught);
+		if (io_allowed())
+			fail("port access after RCX", tries[i]);
+	}
+	printf("syscall-entry: hostile return addresses: all faults\n");
+}
+
+/* The entry and its neighbourhood from 32-bit code, and from other offsets. */
+static void other_addresses(void)
+{
+	unsigned long saved = entry;
+
+	for (volatile int offset = -64; offset <= 256; offset++) {
+		long result;
+		if (offset == 0)
+			continue;
+		entry = saved + offset;
+		if (!sigsetjmp(back, 1)) {
+			jump(SYS_getppid, IOPL | IF | 2, &result);
+			fail("kernel code at an offset from the entry", offset);
+		}
+	}
+	entry = saved;
+	printf("syscall-entry: neighbouring addresses: all faults\n");
+}
+
+static int in_child(void (*body)(void))
+{
+	int status = 0;
+	pid_t pid;
+
+	fflush(stdout);
+	pid = fork();
+	if (pid == 0) {
+		body();
+		_exit(0);
+	}
+	waitpid(pid, &status, 0);
+	return status;
+}
+
+static void strict_then_jump(void)
+{
+	long result;
+
+	if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_STRICT))
+		_exit(42);
+	jump(SYS_getppid, IF | 2, &result);
+	syscall(SYS_exit, 43);
+}
+
+/* 32-bit code segment: SYSCALL, SYSENTER and INT 0x80 from there. */
+static void compat(unsigned char opcode0, unsigned char opcode1)
+{
+	unsigned char *code = mmap(NULL, 4096, PROT_READ | PROT_WRITE | PROT_EXEC,
+				   MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+
+	if (code == MAP_FAILED)
+		_exit(42);
+	/* mov $20, %eax (getpid); mov sp; instruction; far return to 64-bit code */
+	const unsigned char program[] = {
+		0xb8, 20, 0, 0, 0, opcode0, opcode1, 0xcb, /* lret */
+	};
+	memcpy(code, program, sizeof program);
+	unsigned long stack = (unsigned long)code + 4096 - 64;
+	if (sigsetjmp(back, 1))
+		return;
+	asm volatile(
+		"pushq %%rbp\n\tpushq %%rbx\n\t"
+		"movq %%rsp, %%rbx\n\t"
+		"movq %[stack], %%rsp\n\t"
+		"movl $0x33, 4(%%rsp)\n\t"
+		"leaq 1f(%%rip), %%rax\n\t"
+		"movl %%eax, (%%rsp)\n\t"
+		"pushq $0x23\n\t"
+		"pushq %[code]\n\t"
+		"lretq\n"
+		"1:\tmovq %%rbx, %%rsp\n\t"
+		"popq %%rbx\n\tpopq %%rbp\n\t"
+		: : [stack] "D"(stack), [code] "S"((unsigned long)code)
+		: "rax", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+		  "memory", "cc");
+}
+
+static void compat_syscall(void)
+{
+	compat(0x0f, 0x05);
+	if (io_allowed() || cli_allowed())
+		_exit(44);
+}
+
+static void compat_sysenter(void)
+{
+	compat(0x0f, 0x34);
+	if (io_allowed() || cli_allowed())
+		_exit(44);
+}
+
+static void compat_int80(void)
+{
+	compat(0xcd, 0x80);
+	if (io_allowed() || cli_allowed())
+		_exit(44);
+}
+
+static void check_compat(const char *name, void (*body)(void))
+{
+	int status = in_child(body);
+
+	if (WIFEXITED(status) && WEXITSTATUS(status))
+		fail(name, WEXITSTATUS(status));
+	else
+		printf("syscall-entry: %s: %s\n", name, WIFSIGNALED(status) ? "killed" : "nothing gained");
+}
+
+static unsigned long from_kallsyms(void)
+{
+	FILE *f = fopen("/proc/kallsyms", "re");
+	char line[256], name[128], type;
+	unsigned long address, found = 0;
+
+	if (!f)
+		return 0;
+	while (fgets(line, sizeof line, f))
+		if (sscanf(line, "%lx %c %127s", &address, &type, name) == 3 &&
+		    !strcmp(name, "entry_SYSCALL_64")) {
+			found = address;
+			break;
+		}
+	fclose(f);
+	return found;
+}
+
+int main(int argc, char **argv)
+{
+	static char alternate[65536];
+	stack_t stack = { .ss_sp = alternate, .ss_size = sizeof alternate };
+	struct sigaction action = { .sa_handler = on_fault, .sa_flags = SA_ONSTACK | SA_NODEFER };
+	int status;
+
+	entry = argc > 1 ? strtoul(argv[1], NULL, 16) : from_kallsyms();
+	if (!entry) {
+		printf("syscall-entry: no address of entry_SYSCALL_64: run as root or give it\n");
+		return 2;
+	}
+	printf("syscall-entry: entry at 0x%lx\n", entry);
+	sigaltstack(&stack, NULL);
+	sigaction(SIGSEGV, &action, NULL);
+	sigaction(SIGBUS, &action, NULL);
+	sigaction(SIGILL, &action, NULL);
+	sigaction(SIGTRAP, &action, NULL);
+	if (io_allowed()) {
+		printf("syscall-entry: port access is allowed from the start: nothing to learn\n");
+		return 2;
+	}
+
+	hostile_flags();
+	hostile_return();
+	other_addresses();
+	status = in_child(strict_then_jump);
+	if (WIFSIGNALED(status))
+		printf("syscall-entry: seccomp: killed by signal %d\n", WTERMSIG(status));
+	else
+		fail("a system call past seccomp", status);
+	check_compat("32-bit SYSCALL", compat_syscall);
+	check_compat("32-bit SYSENTER", compat_sysenter);
+	check_compat("32-bit INT 0x80", compat_int80);
+	if (syscall(SYS_getpid) != getpid())
+		fail("a broken kernel", 0);
+	printf("syscall-entry: %s\n", failures ? "FAILED" : "passed");
+	return failures ? 1 : 0;
+}
