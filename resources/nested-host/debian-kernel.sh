@@ -1,34 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # shellcheck shell=bash
-# Debian's kernel packages without installing them. Sourced by scripts/nested-host and scripts/fetch-debian-kernel,
-# which set $name to what their messages begin with.
+# Debian's kernel packages without installing them; for scripts that have sourced scripts/lib.sh.
 
-say() {
-    echo "$name: $*" >&2
-}
-
-die() {
-    say "$*"
-    exit "${failure_status:-1}"
-}
-
-# Run apt-get as root; $needed says what for.
-apt() {
-    local as=()
-    if [ "$(id -u)" != 0 ]; then
-        command -v sudo >/dev/null || die "needs root to install packages; as root: apt-get install $needed"
-        as=(sudo)
-    fi
-    "${as[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600 -o APT::Install-Recommends=0 \
-        "$@" >&2
-}
-
-install_packages() {
-    local needed=$1
-    [ -n "$needed" ] || return 0
-    say "installing$needed"
-    # shellcheck disable=SC2086
-    apt install $needed || { apt update && apt install $needed; } || die "cannot install$needed"
+update_lists() {
+    [ "$(id -u)" = 0 ] || die "cannot read Debian's package lists: run  sudo apt-get update"
+    apt-get -qq -o DPkg::Lock::Timeout=600 update >&2 || die "cannot read Debian's package lists"
 }
 
 kernel_package() {
@@ -37,17 +13,17 @@ kernel_package() {
 
 # The files only of the kernel that meta package $1 names, into $2: installing it would put a kernel into the host's /boot.
 fetch_kernel() {
-    local meta=$1 into=$2 package needed="(nothing, but package lists must be read: apt-get update)" sandbox=()
+    local meta=$1 into=$2 package sandbox=()
     [ "$(id -u)" = 0 ] && sandbox=(-o APT::Sandbox::User=root)
     package=$(kernel_package "$meta") || true
     if [ -z "$package" ]; then
-        apt update || die "cannot read Debian's package lists"
+        update_lists
         package=$(kernel_package "$meta") || die "Debian's package lists have no $meta"
     fi
     say "fetching $package"
     if ! (cd "$into" && apt-get -qq "${sandbox[@]}" download "$package" >&2); then
         # the version that the lists name may have been superseded
-        apt update || die "cannot read Debian's package lists"
+        update_lists
         package=$(kernel_package "$meta")
         (cd "$into" && apt-get -qq "${sandbox[@]}" download "$package" >&2) || die "cannot download $package"
     fi
