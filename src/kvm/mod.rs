@@ -2,6 +2,7 @@
 //!
 //! Every set-up call is timed, so that the share of KVM in the start of a VM can be told from rvmm's own.
 
+pub mod pvm;
 mod vcpu;
 mod vm;
 
