@@ -179,8 +179,7 @@ impl Emulator {
 }
 
 fn inject(vcpu: &VcpuFd, event: Event) -> Result<Outcome, Error> {
-    let mut events =
-        kvm_vcpu_events { flags: ONLY_EXCEPTION, ..call("KVM_GET_VCPU_EVENTS", vcpu.get_vcpu_events())? };
+    let mut events = call("KVM_GET_VCPU_EVENTS", vcpu.get_vcpu_events())?;
     events.flags = ONLY_EXCEPTION;
     events.exception.injected = 1;
     events.exception.pending = 0;
