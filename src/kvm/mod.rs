@@ -2,6 +2,8 @@
 //!
 //! Every set-up call is timed, so that the share of KVM in the start of a VM can be told from rvmm's own.
 
+pub mod kind;
+pub mod probe;
 pub mod pvm;
 mod vcpu;
 mod vm;

@@ -26,12 +26,28 @@ const HIDDEN_FEATURES: &str = "clearcpuid=59,141,145,151,288,295,297,298,308,323
 pub fn cmdline_additions() -> &'static [CmdlineAddition] {
     &[
         CmdlineAddition {
+            parameter: "pvm_host",
+            reason: "tells rvmm's PVM kernel what kind of host it is on; others do not know it",
+        },
+        CmdlineAddition {
             parameter: "pvm_syscall_fixup",
-            reason: "SYSCALL reaches the kernel with the privileges of user code; the guest kernel's fix-up gets over it",
+            reason: "lets the PVM kernel mend SYSCALL, which arrives with the privileges of user code",
         },
         CmdlineAddition {
             parameter: HIDDEN_FEATURES,
             reason: "instructions of these features are missing from KVM's emulator, or slow in it",
         },
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn additions_are_single_words() {
+        for addition in cmdline_additions() {
+            assert!(!addition.parameter.contains(char::is_whitespace), "{addition:?}");
+        }
+    }
 }
