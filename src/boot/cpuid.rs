@@ -88,6 +88,16 @@ pub fn build(supported: &[kvm_cpuid_entry2], vcpu: Vcpu, patches: &[CpuidPatch])
     table
 }
 
+/// The XCR0 that enables every state component that `table` offers, or `None` without XSAVE.
+///
+/// A guest sets XCR0 itself. On a host that is emulated in software KVM may not see that, and starting the vCPU with
+/// the value that the guest is going to set makes KVM and guest agree.
+pub fn xcr0(table: &[kvm_cpuid_entry2]) -> Option<u64> {
+    let components = table.iter().find(|entry| entry.function == 0xd && entry.index == 0)?;
+    let mask = u64::from(components.edx) << 32 | u64::from(components.eax);
+    (mask & 1 != 0).then_some(mask)
+}
+
 fn adapt(entry: &mut kvm_cpuid_entry2, vcpu: Vcpu, amd: bool) {
     let Vcpu { index, count, .. } = vcpu;
     let (id, count) = (u32::from(index), u32::from(count));
@@ -285,6 +295,13 @@ mod tests {
         assert_eq!(leaf(&table, 0x15, 0), [0; 4]);
         assert!(table.iter().all(|entry| entry.function != 0x4000_0010));
         assert_eq!(leaf(&table, 0x4000_0000, 0)[0], 0x4000_0001);
+    }
+
+    #[test]
+    fn xcr0_has_every_component_that_is_offered() {
+        assert_eq!(xcr0(&[entry(0xd, 1, [0xf, 0, 0, 0])]), None);
+        assert_eq!(xcr0(&[entry(0xd, 0, [0, 0, 0, 0])]), None);
+        assert_eq!(xcr0(&[entry(0xd, 0, [0x207, 0, 0, 1])]), Some(0x1_0000_0207));
     }
 
     #[test]

@@ -270,7 +270,7 @@ pub fn finds_virtio_by_acpi(file: &File, file_len: u64, kernel: &Elf) -> Option<
     }
     // `struct acpi_device_id` holds the name in place and is aligned to eight bytes, as the section itself is.
     let wanted = u64::from_ne_bytes(*b"LNRO0005");
-    let mut chunk = vec![0; 128 << 10];
+    let mut chunk = vec![0; 32 << 10];
     let mut at = 0;
     while at < len {
         let take = chunk.len().min((len - at) as usize);
