@@ -18,5 +18,18 @@ pub mod kvm;
 pub mod legacy;
 pub mod memory;
 pub mod platform;
+pub mod terminal;
 pub mod virtio;
 pub mod vm;
+
+/// An error and its causes in one line, outermost first.
+pub fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        line.push_str(": ");
+        line.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    line
+}

@@ -1,2 +1,7 @@
 //! The `rvmm` command.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    rvmm::cli::main(rvmm::vm::Timeline::start())
+}

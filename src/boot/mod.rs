@@ -21,6 +21,7 @@ pub use cmdline::{Cmdline, CmdlineError};
 pub use error::{Defect, Error, Role};
 pub use kernel::{Format, Initrd, Kernel};
 use params::{Params, write};
+use serde::{Deserialize, Serialize};
 
 use crate::memory::Ram;
 use crate::platform::MmioSlot;
@@ -29,7 +30,8 @@ use crate::platform::MmioSlot;
 pub const CPUS_MAX: u8 = 32;
 
 /// Which boot protocol to use.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum BootProtocol {
     /// PVH where the kernel has an entry for it, else the 64-bit Linux boot protocol.
     #[default]

@@ -115,6 +115,11 @@ impl Kvm {
         call("KVM_GET_SUPPORTED_CPUID", || self.fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))
     }
 
+    /// Whether the local APIC's timer can be set to a TSC value.
+    pub fn has_tsc_deadline(&self) -> bool {
+        self.fd.check_extension(Cap::TscDeadlineTimer)
+    }
+
     /// The most vCPUs that one VM may have.
     pub fn max_vcpus(&self) -> usize {
         self.fd.get_max_vcpus()

@@ -105,12 +105,17 @@ impl Serial {
     }
 
     /// Gives the guest input; returns how many bytes were taken. When not all were, the room event follows.
+    ///
+    /// Nothing is taken before the guest enables the receive interrupt: drivers clear the FIFO when they start, and
+    /// input that was waiting in a pipe would be lost.
     pub fn feed(&self, bytes: &[u8]) -> usize {
         let mut state = self.lock();
-        let taken = bytes.len().min(RX_FIFO_BYTES.saturating_sub(state.received.len()));
+        let listens = state.interrupt_enable & IER_RX != 0;
+        let room = if listens { RX_FIFO_BYTES.saturating_sub(state.received.len()) } else { 0 };
+        let taken = bytes.len().min(room);
         state.received.extend(bytes.iter().take(taken));
         state.feeder_waits = taken < bytes.len();
-        if taken > 0 && state.interrupt_enable & IER_RX != 0 {
+        if taken > 0 {
             self.interrupt();
         }
         taken
@@ -158,10 +163,16 @@ impl Serial {
 
     fn receive(&self, state: &mut SerialState) -> u8 {
         let byte = state.received.pop_front().unwrap_or(0);
-        if state.received.is_empty() && std::mem::take(&mut state.feeder_waits) {
-            let _ = self.room.write(1);
+        if state.received.is_empty() {
+            self.call_feeder(state);
         }
         byte
+    }
+
+    fn call_feeder(&self, state: &mut SerialState) {
+        if std::mem::take(&mut state.feeder_waits) {
+            let _ = self.room.write(1);
+        }
     }
 
     fn identify_interrupt(state: &mut SerialState) -> u8 {
@@ -223,8 +234,11 @@ impl BusDevice for Serial {
             IER => {
                 let added = value & !state.interrupt_enable;
                 state.interrupt_enable = value & IER_MASK;
-                if added & IER_RX != 0 && !state.received.is_empty() {
-                    self.interrupt();
+                if added & IER_RX != 0 {
+                    if !state.received.is_empty() {
+                        self.interrupt();
+                    }
+                    self.call_feeder(&mut state);
                 }
                 if added & IER_TX != 0 && self.sink.has_room() {
                     self.transmitter_empty(&mut state);
@@ -234,9 +248,7 @@ impl BusDevice for Serial {
                 state.fifo_control = value & FCR_ENABLE;
                 if value & FCR_CLEAR_RX != 0 {
                     state.received.clear();
-                    if std::mem::take(&mut state.feeder_waits) {
-                        let _ = self.room.write(1);
-                    }
+                    self.call_feeder(&mut state);
                 }
             }
             LCR => state.line_control = value,
@@ -332,6 +344,19 @@ mod tests {
         assert_eq!(serial.feed(&input[RX_FIFO_BYTES..]), 36);
         serial.write(IIR_FCR, &[FCR_ENABLE | FCR_CLEAR_RX]);
         assert_eq!(get(&serial, IIR_FCR), IIR_FIFO | IIR_NONE);
+    }
+
+    #[test]
+    fn input_waits_until_the_guest_listens() {
+        let (_, serial) = serial();
+        assert_eq!(serial.feed(b"early"), 0);
+        serial.write(IIR_FCR, &[FCR_ENABLE | FCR_CLEAR_RX]);
+        serial.room.read().unwrap();
+        assert_eq!(serial.feed(b"early"), 0);
+        serial.write(IER, &[IER_RX]);
+        serial.room.read().unwrap();
+        assert_eq!(serial.feed(b"early"), 5);
+        assert_eq!(get(&serial, DATA), b'e');
     }
 
     #[test]

@@ -1,1 +1,54 @@
-//! (module under construction)
+//! A virtual machine, from its configuration to its end.
+
+mod build;
+pub mod config;
+mod console;
+mod ended;
+mod kernel;
+mod run;
+mod timeline;
+mod vcpu;
+
+pub use build::{Error as BuildError, build};
+pub use ended::{EXIT_FAILED, EXIT_PANIC, EXIT_RESET, EXIT_STUCK, EXIT_TRIPLE_FAULT, End, Ended};
+pub use kernel::{directories as kernel_directories, find as find_kernel};
+pub use run::{Error as RunError, run};
+pub use timeline::{Moment, Timeline};
+
+use std::fs::File;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::kvm::Vcpu;
+use crate::kvm::pvm::Emulator;
+use crate::legacy::{GuestEvent, I8042, PowerBlock, Serial};
+use crate::virtio::mmio::Transport;
+
+/// The devices that the rest of rvmm talks to.
+pub struct Machine {
+    serial: Arc<Serial>,
+    i8042: Arc<I8042>,
+    power: Arc<PowerBlock>,
+    guest_event: Arc<GuestEvent>,
+    transports: Vec<Arc<Transport>>,
+}
+
+/// The host's side of the serial console.
+struct Console {
+    output: Arc<console::ConsoleOutput>,
+    target: File,
+    reads_stdin: bool,
+}
+
+/// A machine that is complete and does not run yet.
+pub struct Vm {
+    shared: Arc<vcpu::VcpuShared>,
+    vcpus: Vec<(Vcpu, Option<Emulator>)>,
+    machine: Machine,
+    requests_event: EventFd,
+    room_event: EventFd,
+    console: Option<Console>,
+    shutdown_timeout: Duration,
+}

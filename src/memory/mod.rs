@@ -4,6 +4,8 @@
 //! host kernel is given raw iovecs.
 #![allow(unsafe_code)]
 
+pub mod guard;
+
 use std::fs::File;
 use std::os::fd::AsRawFd;
 

@@ -1,0 +1,334 @@
+//! From a configuration to a machine that is ready to run: one list, top to bottom. Only here are things opened.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use kvm_bindings::{CpuId, Msrs};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::config::{self, SerialConfig, VmConfig};
+use super::console::{ConsoleOutput, NoOutput};
+use super::kernel;
+use super::timeline::Timeline;
+use super::vcpu::VcpuShared;
+use super::{Console, Machine, Vm};
+use crate::boot::cmdline::{Cmdline, CmdlineError};
+use crate::bus::{Bus, BusDevice, Overlap};
+use crate::kvm::kind::{self, Kind};
+use crate::kvm::pvm::{self, Emulator};
+use crate::kvm::{self, Kvm};
+use crate::legacy::{GuestEvent, GuestRequests, I8042, PowerBlock, PvPanic, Serial, SerialSink};
+use crate::memory::{self, Ram};
+use crate::platform::{
+    self, COM1, COM1_GSI, GUEST_EVENT, I8042 as I8042_PORTS, I8042_GSI, MmioSlot, POWER, POWER_GSI, PVPANIC, Ports,
+    VIRTIO_MMIO_SIZE,
+};
+use crate::virtio::block::{Block, BlockOptions};
+use crate::virtio::mmio::Transport;
+use crate::virtio::spec::register;
+use crate::{boot, disk, virtio};
+
+/// Queues of a disk that says nothing of them, at most.
+const DEFAULT_DISK_QUEUES: u32 = 4;
+
+/// Why a VM could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration is impossible.
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// Fewer vCPUs than asked for.
+    #[error("{wanted} vCPUs: this KVM allows {max} for one VM")]
+    KvmCpus {
+        /// What was asked for.
+        wanted: u32,
+        /// KVM's limit.
+        max: usize,
+    },
+    /// No kernel was named, and none was found.
+    #[error("no guest kernel was named, and there is no {name} in {directories}")]
+    NoKernel {
+        /// What was looked for.
+        name: &'static str,
+        /// Where.
+        directories: String,
+    },
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// The handler for lost pages could not be installed.
+    #[error("cannot guard guest memory against truncated files")]
+    Guard(#[source] io::Error),
+    /// Kernel, initrd, or what goes with them.
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    /// The command line.
+    #[error(transparent)]
+    Cmdline(#[from] CmdlineError),
+    /// A disk image.
+    #[error(transparent)]
+    Disk(#[from] disk::Error),
+    /// A virtio device.
+    #[error(transparent)]
+    Virtio(#[from] virtio::mmio::Error),
+    /// An event descriptor could not be made.
+    #[error("cannot create an event descriptor")]
+    EventFd(#[source] io::Error),
+    /// The console.
+    #[error("cannot open {what} for the console")]
+    Console {
+        /// The file, or a name for it.
+        what: String,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The host has no random numbers.
+    #[error("cannot get random numbers from the host")]
+    Random(#[source] getrandom::Error),
+    /// More CPUID leaves or MSRs than KVM takes.
+    #[error("{0} entries are more than KVM takes")]
+    TooManyEntries(usize),
+    /// Two devices at one address: a mistake in the platform map.
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
+}
+
+/// Builds the machine that `config` describes.
+pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
+    config.validate(host_memory_bytes())?;
+    let disks = open_disks(config)?;
+    let kvm = Kvm::open()?;
+    let kind = kind::detect(kvm.fd());
+    let quirks = kind == Kind::Pvm && config.host_quirks;
+    tracing::debug!("KVM kind: {kind:?}");
+    if config.cpus as usize > kvm.max_vcpus() {
+        return Err(Error::KvmCpus { wanted: config.cpus, max: kvm.max_vcpus() });
+    }
+    let kernel_path = kernel_path(config, kind)?;
+
+    let ram = memory::allocate(config.memory.bytes())?;
+    memory::guard::install(&ram).map_err(Error::Guard)?;
+    let mut vm = kvm.create_vm()?;
+    vm.set_memory(&ram)?;
+    timeline.mark("memory mapped");
+
+    let slots: Vec<MmioSlot> = (0..disks.len()).filter_map(platform::mmio_slot).collect();
+    let loaded = load_kernel(config, &kernel_path, &ram, &slots, quirks)?;
+    timeline.mark("kernel loaded");
+
+    vm.create_interrupt_controllers()?;
+    let reports_instructions = vm.exit_on_emulation_failure()?;
+    tracing::debug!("KVM reports instructions that it cannot emulate: {reports_instructions}");
+
+    let requests_event = event()?;
+    let room_event = event()?;
+    let requests = Arc::new(GuestRequests::new(clone(&requests_event)?));
+    let irq = |gsi| -> Result<EventFd, Error> {
+        let irq = event()?;
+        vm.register_irqfd(&irq, gsi)?;
+        Ok(irq)
+    };
+
+    let (sink, console) = open_console(&config.serial)?;
+    let serial = Arc::new(Serial::new(sink, irq(COM1_GSI)?, clone(&room_event)?));
+    let i8042 = Arc::new(I8042::new(requests.clone(), irq(I8042_GSI)?));
+    let power = Arc::new(PowerBlock::new(requests.clone(), irq(POWER_GSI)?));
+    let guest_event = Arc::new(GuestEvent::default());
+    let mut ports = Bus::default();
+    let mut at = |place: Ports, device: Arc<dyn BusDevice>| ports.insert(place.start.into(), place.len.into(), device);
+    at(COM1, serial.clone())?;
+    at(I8042_PORTS, i8042.clone())?;
+    at(POWER, power.clone())?;
+    at(PVPANIC, Arc::new(PvPanic::new(requests.clone())))?;
+    at(GUEST_EVENT, guest_event.clone())?;
+
+    let mut mmio = Bus::default();
+    let mut transports = Vec::with_capacity(disks.len());
+    for (disk, slot) in disks.into_iter().zip(&slots) {
+        let device = Box::new(Block::new(disk.image, &disk.options));
+        let transport = Arc::new(Transport::new(ram.clone(), device, irq(slot.gsi)?)?);
+        for (queue, event) in (0..).zip(transport.queue_events()) {
+            vm.register_ioeventfd(event, slot.addr + u64::from(register::QUEUE_NOTIFY), queue)?;
+        }
+        mmio.insert(slot.addr, VIRTIO_MMIO_SIZE, transport.clone())?;
+        transports.push(transport);
+    }
+    timeline.mark("devices made");
+
+    let mut supported = kvm.supported_cpuid()?;
+    if quirks {
+        pvm::adjust_cpuid(&mut supported);
+    }
+    let mut vcpus = Vec::with_capacity(config.cpus as usize);
+    for index in 0..config.cpus {
+        let mut vcpu = vm.create_vcpu(index)?;
+        prepare_vcpu(&vcpu, &supported, &loaded, config.cpus, kvm.has_tsc_deadline())?;
+        let emulator = quirks.then(Emulator::new);
+        vcpus.push((vcpu, emulator));
+    }
+    timeline.mark("vCPUs made");
+
+    let shared = VcpuShared {
+        ports,
+        mmio,
+        ram,
+        requests,
+        stop: AtomicBool::new(false),
+        failure: Mutex::new(None),
+        failed: event()?,
+    };
+    Ok(Vm {
+        shared: Arc::new(shared),
+        vcpus,
+        machine: Machine { serial, i8042, power, guest_event, transports },
+        requests_event,
+        room_event,
+        console,
+        shutdown_timeout: Duration::from_secs(config.shutdown_timeout),
+    })
+}
+
+fn event() -> Result<EventFd, Error> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::EventFd)
+}
+
+fn clone(event: &EventFd) -> Result<EventFd, Error> {
+    event.try_clone().map_err(Error::EventFd)
+}
+
+/// RAM and swap of the host: more than that no guest can ever use.
+fn host_memory_bytes() -> u64 {
+    nix::sys::sysinfo::sysinfo().map_or(u64::MAX, |info| info.ram_total().saturating_add(info.swap_total()))
+}
+
+fn kernel_path(config: &VmConfig, kind: Kind) -> Result<PathBuf, Error> {
+    if let Some(path) = &config.kernel {
+        return Ok(path.clone());
+    }
+    let path = kernel::find(kind).ok_or_else(|| Error::NoKernel {
+        name: kernel::file_name(kind),
+        directories: kernel::directories().iter().map(|d| d.display().to_string()).collect::<Vec<_>>().join(", "),
+    })?;
+    tracing::info!("guest kernel: {}", path.display());
+    Ok(path)
+}
+
+/// A disk that is open and locked.
+struct OpenDisk {
+    image: disk::Image,
+    options: BlockOptions,
+}
+
+fn open_disks(config: &VmConfig) -> Result<Vec<OpenDisk>, Error> {
+    let open = |(index, disk): (usize, &config::Disk)| {
+        let options = disk::Options { read_only: disk.readonly, cache: disk.cache, io: disk.io };
+        let image = disk::open(&disk.path, &options)?;
+        let queues = disk.queues.unwrap_or(config.cpus.min(DEFAULT_DISK_QUEUES) as u16);
+        Ok(OpenDisk { image, options: BlockOptions { serial: VmConfig::disk_id(index, disk), queues, ..BlockOptions::default() } })
+    };
+    config.all_disks().enumerate().map(open).collect()
+}
+
+/// What rvmm tells the guest's kernel where the user does not.
+fn command_line(config: &VmConfig, quirks: bool) -> Result<Cmdline, Error> {
+    let mut cmdline = Cmdline::new(config.cmdline.as_deref().unwrap_or_default())?;
+    let mut additions: Vec<String> = vec![];
+    if config.serial != SerialConfig::None {
+        additions.push("console=ttyS0".into());
+    }
+    additions.extend(["reboot=k".into(), "panic=-1".into()]);
+    if let Some(root) = &config.rootfs {
+        additions.push("root=/dev/vda".into());
+        additions.push(if root.readonly { "ro" } else { "rw" }.into());
+    }
+    if quirks {
+        additions.extend(pvm::cmdline_additions().iter().map(|&addition| addition.to_owned()));
+    }
+    let user_sets_access = ["ro", "rw"].iter().any(|name| cmdline.user_value(name).is_some());
+    for addition in additions {
+        let name = addition.split('=').next().unwrap_or_default();
+        let user_sets_it = cmdline.user_value(name).is_some() || user_sets_access && matches!(name, "ro" | "rw");
+        if !user_sets_it {
+            cmdline.add(&addition)?;
+        }
+    }
+    Ok(cmdline)
+}
+
+fn load_kernel(
+    config: &VmConfig,
+    path: &Path,
+    ram: &Ram,
+    slots: &[MmioSlot],
+    quirks: bool,
+) -> Result<boot::Loaded, Error> {
+    let source = boot::Source {
+        kernel: boot::Kernel::open(path)?,
+        initrd: config.initrd.as_deref().map(boot::Initrd::open).transpose()?,
+        protocol: config.boot_protocol,
+    };
+    let machine = boot::Machine {
+        cpus: config.cpus as u8,
+        virtio: slots.to_vec(),
+        discovery: boot::Discovery::Auto,
+        serial: config.serial != SerialConfig::None,
+        generation_id: generation_id()?,
+    };
+    let loaded = boot::load(ram, &source, &machine, &command_line(config, quirks)?)?;
+    tracing::info!("added to the guest's command line: {}", loaded.added.join(" "));
+    tracing::debug!("guest's command line: {}", loaded.cmdline);
+    tracing::debug!("boot protocol: {:?}, entry {:#x}, devices by {:?}", loaded.protocol, loaded.entry, loaded.discovery);
+    Ok(loaded)
+}
+
+/// A number that no other VM has had.
+fn generation_id() -> Result<u128, Error> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(Error::Random)?;
+    Ok(u128::from_le_bytes(bytes))
+}
+
+fn prepare_vcpu(
+    vcpu: &kvm::Vcpu,
+    supported: &CpuId,
+    loaded: &boot::Loaded,
+    cpus: u32,
+    tsc_deadline: bool,
+) -> Result<(), Error> {
+    let place = boot::cpuid::Vcpu { index: vcpu.index() as u8, count: cpus as u8, tsc_deadline, tsc_khz: None };
+    let entries = boot::cpuid::build(supported.as_slice(), place, &[]);
+    vcpu.set_cpuid(&CpuId::from_entries(&entries).map_err(|_| Error::TooManyEntries(entries.len()))?)?;
+    let msrs = boot::registers::msrs();
+    vcpu.set_msrs(&Msrs::from_entries(&msrs).map_err(|_| Error::TooManyEntries(msrs.len()))?)?;
+    if vcpu.index() == 0 {
+        let sregs = boot::registers::sregs(loaded, vcpu.sregs()?);
+        vcpu.set_registers(&boot::registers::regs(loaded), &sregs, &boot::registers::fpu())?;
+    }
+    let mut lapic = vcpu.lapic()?;
+    boot::registers::wire_lapic(&mut lapic);
+    Ok(vcpu.set_lapic(&lapic)?)
+}
+
+fn open_console(config: &SerialConfig) -> Result<(Arc<dyn SerialSink>, Option<Console>), Error> {
+    let (what, target, reads_stdin) = match config {
+        SerialConfig::None => return Ok((Arc::new(NoOutput), None)),
+        SerialConfig::Stdio => {
+            ("standard output".to_owned(), io::stdout().as_fd().try_clone_to_owned().map(File::from), true)
+        }
+        SerialConfig::File(path) => {
+            (format!("{path:?}"), OpenOptions::new().create(true).append(true).open(path), false)
+        }
+    };
+    let target = target.map_err(|source| Error::Console { what, source })?;
+    let output = Arc::new(ConsoleOutput::default());
+    Ok((output.clone(), Some(Console { output, target, reads_stdin })))
+}

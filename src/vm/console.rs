@@ -1,0 +1,259 @@
+//! The guest's serial console: output to a descriptor by a thread of its own, input from standard input.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::legacy::{Serial, SerialSink};
+
+/// Output that waits for a slow reader at most, in bytes.
+const CAPACITY: usize = 64 << 10;
+/// How long output may stand still at the end before it is given up.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
+
+#[derive(Default)]
+struct Waiting {
+    bytes: VecDeque<u8>,
+    /// The writer sleeps until there is something to do.
+    writer_sleeps: bool,
+    closed: bool,
+}
+
+/// Output on its way from the guest to the terminal or a file.
+#[derive(Default)]
+pub struct ConsoleOutput {
+    waiting: Mutex<Waiting>,
+    wake: Condvar,
+    /// Bytes that wait, readable without the lock.
+    len: AtomicUsize,
+    written: AtomicUsize,
+    was_full: AtomicBool,
+}
+
+impl SerialSink for ConsoleOutput {
+    fn put(&self, byte: u8) -> bool {
+        let mut waiting = self.lock();
+        if waiting.bytes.len() >= CAPACITY || waiting.closed {
+            self.was_full.store(true, Ordering::Release);
+            return waiting.closed;
+        }
+        waiting.bytes.push_back(byte);
+        self.len.store(waiting.bytes.len(), Ordering::Release);
+        if waiting.writer_sleeps {
+            waiting.writer_sleeps = false;
+            self.wake.notify_one();
+        }
+        true
+    }
+
+    fn has_room(&self) -> bool {
+        let room = self.len.load(Ordering::Acquire) < CAPACITY;
+        if !room {
+            self.was_full.store(true, Ordering::Release);
+        }
+        room
+    }
+}
+
+impl ConsoleOutput {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Takes all that waits, or `None` when the output was closed and nothing is left.
+    fn take(&self) -> Option<VecDeque<u8>> {
+        let mut waiting = self.lock();
+        while waiting.bytes.is_empty() {
+            if waiting.closed {
+                return None;
+            }
+            waiting.writer_sleeps = true;
+            waiting = self.wake.wait(waiting).unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+        Some(std::mem::take(&mut waiting.bytes))
+    }
+
+    fn close(&self) {
+        let mut waiting = self.lock();
+        waiting.closed = true;
+        self.wake.notify_one();
+    }
+}
+
+/// A sink for guests whose output nobody wants.
+pub struct NoOutput;
+
+impl SerialSink for NoOutput {
+    fn put(&self, _byte: u8) -> bool {
+        true
+    }
+
+    fn has_room(&self) -> bool {
+        true
+    }
+}
+
+/// The thread that writes a guest's output.
+pub struct ConsoleWriter {
+    output: Arc<ConsoleOutput>,
+    thread: JoinHandle<()>,
+}
+
+impl ConsoleWriter {
+    /// Starts writing what `serial` sends to `output` into `target`.
+    pub fn start(output: Arc<ConsoleOutput>, serial: Arc<Serial>, target: File) -> io::Result<ConsoleWriter> {
+        let source = output.clone();
+        let thread = std::thread::Builder::new()
+            .name("console".into())
+            .stack_size(64 << 10)
+            .spawn(move || write_out(&source, &serial, target))?;
+        Ok(ConsoleWriter { output, thread })
+    }
+
+    /// Writes out what is left, as long as the reader takes it.
+    pub fn finish(self) {
+        self.output.close();
+        let mut last = (self.output.written.load(Ordering::Acquire), Instant::now());
+        while !self.thread.is_finished() && last.1.elapsed() < DRAIN_PATIENCE {
+            std::thread::sleep(Duration::from_millis(1));
+            let written = self.output.written.load(Ordering::Acquire);
+            if written != last.0 {
+                last = (written, Instant::now());
+            }
+        }
+        if self.thread.is_finished() {
+            // The thread cannot have panicked on anything that the drain still needs.
+            let _ = self.thread.join();
+        }
+    }
+}
+
+fn write_out(output: &ConsoleOutput, serial: &Serial, mut target: File) {
+    let mut broken = false;
+    while let Some(bytes) = output.take() {
+        let (front, back) = bytes.as_slices();
+        for mut part in [front, back] {
+            while !broken && !part.is_empty() {
+                match target.write(part) {
+                    Ok(0) => broken = true,
+                    Ok(count) => {
+                        part = &part[count..];
+                        output.written.fetch_add(count, Ordering::AcqRel);
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait_writable(&target),
+                    Err(error) => {
+                        tracing::warn!("the console's output is lost from here on: {error}");
+                        broken = true;
+                    }
+                }
+            }
+        }
+        output.len.store(output.lock().bytes.len(), Ordering::Release);
+        if output.was_full.swap(false, Ordering::AcqRel) {
+            serial.sink_drained();
+        }
+    }
+}
+
+/// Waits until `file`, which somebody else made non-blocking, takes output again.
+fn wait_writable(file: &File) {
+    let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLOUT)];
+    let _ = poll(&mut fds, PollTimeout::from(100u16));
+}
+
+/// What became of a piece of input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InputState {
+    /// All was handed on: wait for the descriptor to be readable.
+    WaitForInput,
+    /// The guest has no room: wait for the serial port's room event.
+    WaitForRoom,
+    /// The input has ended.
+    Ended,
+    /// The user typed Ctrl-A x.
+    Quit,
+}
+
+/// Ctrl-A, which introduces a command to rvmm itself.
+const ESCAPE: u8 = 0x01;
+
+const ESCAPE_HELP: &str = "\r\nCtrl-A x  end the VM\r\nCtrl-A a  send Ctrl-A to the guest\r\nCtrl-A h  this help\r\n";
+
+/// Input on its way from standard input to the guest.
+pub struct ConsoleInput {
+    source: File,
+    serial: Arc<Serial>,
+    is_terminal: bool,
+    escaped: bool,
+    waiting: VecDeque<u8>,
+}
+
+impl ConsoleInput {
+    /// Input from a duplicate of standard input; on a terminal Ctrl-A introduces commands.
+    pub fn new(serial: Arc<Serial>, is_terminal: bool) -> io::Result<ConsoleInput> {
+        let source = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+        Ok(ConsoleInput { source, serial, is_terminal, escaped: false, waiting: VecDeque::new() })
+    }
+
+    /// The descriptor to wait on.
+    pub fn fd(&self) -> RawFd {
+        self.source.as_raw_fd()
+    }
+
+    /// Hands on what already was read.
+    pub fn flush(&mut self) -> InputState {
+        while !self.waiting.is_empty() {
+            let taken = self.serial.feed(self.waiting.make_contiguous());
+            if taken == 0 {
+                return InputState::WaitForRoom;
+            }
+            self.waiting.drain(..taken);
+        }
+        InputState::WaitForInput
+    }
+
+    /// Reads once, which blocks when the descriptor is not readable, and hands on what came.
+    pub fn read(&mut self) -> InputState {
+        let mut buffer = [0; 256];
+        let count = match self.source.read(&mut buffer) {
+            Ok(0) => return InputState::Ended,
+            Ok(count) => count,
+            Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {
+                return InputState::WaitForInput;
+            }
+            Err(error) => {
+                tracing::warn!("the console's input is lost from here on: {error}");
+                return InputState::Ended;
+            }
+        };
+        for &byte in buffer.iter().take(count) {
+            if self.is_terminal && self.filter(byte) {
+                return InputState::Quit;
+            } else if !self.is_terminal {
+                self.waiting.push_back(byte);
+            }
+        }
+        self.flush()
+    }
+
+    /// Takes a typed byte; returns whether the user wants to quit.
+    fn filter(&mut self, byte: u8) -> bool {
+        match (std::mem::take(&mut self.escaped), byte) {
+            (false, ESCAPE) => self.escaped = true,
+            (false, byte) => self.waiting.push_back(byte),
+            (true, b'x' | b'X') => return true,
+            (true, b'a' | ESCAPE) => self.waiting.push_back(ESCAPE),
+            (true, b'h' | b'?') => eprint!("{ESCAPE_HELP}"),
+            (true, byte) => self.waiting.extend([ESCAPE, byte]),
+        }
+        false
+    }
+}

@@ -1,0 +1,354 @@
+//! The life of a built VM: start its vCPUs, serve the terminal and the process's signals, end it in good order.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, raise, sigprocmask};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::console::{ConsoleInput, ConsoleWriter, InputState};
+use super::timeline::Timeline;
+use super::vcpu::{self, Failure, VcpuShared};
+use super::{End, Ended, Vm};
+use crate::kvm::{self, Kick};
+use crate::legacy::{BootMark, GuestRequest};
+use crate::terminal::RawTerminal;
+
+/// How long a guest that panicked may go on to print and to reset itself.
+const PANIC_GRACE: Duration = Duration::from_secs(10);
+/// How long a device may take to finish what is in flight when the VM ends.
+const DEVICE_PATIENCE: Duration = Duration::from_secs(30);
+/// Distance between attempts to interrupt a vCPU that is to stop.
+const KICK_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Why a VM could not be run. What goes wrong once it runs is an [`End`].
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A signal could not be routed.
+    #[error("cannot prepare signal handling")]
+    Signals(#[source] nix::Error),
+    /// The terminal could not be switched.
+    #[error("cannot put the terminal into raw mode")]
+    Terminal(#[source] std::io::Error),
+    /// A thread could not be started.
+    #[error("cannot start the {0} thread")]
+    Thread(&'static str, #[source] std::io::Error),
+    /// The event loop failed.
+    #[error("the event loop failed")]
+    Events(#[source] event_manager::Error),
+    /// The timer could not be made.
+    #[error("cannot create a timer")]
+    Timer(#[source] vmm_sys_util::errno::Error),
+    /// The vCPU signal.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+}
+
+const REQUESTS: u32 = 0;
+const FAILURE: u32 = 1;
+const SIGNALS: u32 = 2;
+const INPUT: u32 = 3;
+const ROOM: u32 = 4;
+const TIMER: u32 = 5;
+
+/// The subscriber of the main thread's event loop.
+struct MainLoop {
+    vm: Arc<VmHandles>,
+    signals: SignalFd,
+    timer: TimerFd,
+    /// The first signal that asked for a shutdown.
+    shutdown_signal: Option<i32>,
+    terminal: Option<Arc<RawTerminal>>,
+    input: Option<ConsoleInput>,
+    input_watched: bool,
+    shutdown_timeout: Duration,
+    end: Option<End>,
+}
+
+/// What the main loop needs of the VM.
+struct VmHandles {
+    shared: Arc<VcpuShared>,
+    devices: super::Machine,
+    requests_event: EventFd,
+    room_event: EventFd,
+}
+
+impl MainLoop {
+    fn on_request(&mut self) {
+        // The counter only says that there is something; what it is stands in the requests.
+        let _ = self.vm.requests_event.read();
+        let requests = &self.vm.shared.requests;
+        let panicked = requests.has(GuestRequest::Panicked);
+        if requests.stops() {
+            self.end.get_or_insert(match () {
+                () if panicked => End::Panic,
+                () if requests.has(GuestRequest::PowerOff) => End::PowerOff,
+                () => End::Reset,
+            });
+        } else if panicked {
+            self.arm(PANIC_GRACE);
+        }
+    }
+
+    fn on_failure(&mut self) {
+        let _ = self.vm.shared.failed.read();
+        let mut failure = self.vm.shared.failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let panicked = self.vm.shared.requests.has(GuestRequest::Panicked);
+        self.end.get_or_insert(match failure.take() {
+            Some(Failure::TripleFault) if panicked => End::Panic,
+            Some(Failure::TripleFault) => End::TripleFault,
+            Some(Failure::Stuck(why)) => End::Stuck(why),
+            None => return,
+        });
+    }
+
+    fn on_timer(&mut self) {
+        let _ = self.timer.wait();
+        self.end.get_or_insert(if self.vm.shared.requests.has(GuestRequest::Panicked) {
+            End::Panic
+        } else {
+            End::Killed { signal: self.shutdown_signal.unwrap_or(libc::SIGTERM) }
+        });
+    }
+
+    fn arm(&mut self, after: Duration) {
+        if let Err(error) = self.timer.reset(after, None) {
+            tracing::error!("cannot arm the timer, so there is no waiting: {error}");
+            self.end.get_or_insert(End::Killed { signal: self.shutdown_signal.unwrap_or(libc::SIGTERM) });
+        }
+    }
+
+    fn on_signal(&mut self) {
+        while let Ok(Some(info)) = self.signals.read_signal() {
+            let number = info.ssi_signo as i32;
+            match Signal::try_from(number) {
+                Ok(Signal::SIGINT) if self.terminal.is_some() => {
+                    self.vm.devices.serial.feed(&[0x03]);
+                }
+                Ok(Signal::SIGTSTP) => {
+                    crate::terminal::restore();
+                    let _ = raise(Signal::SIGSTOP);
+                    self.take_terminal();
+                }
+                Ok(Signal::SIGCONT) => self.take_terminal(),
+                _ => self.shut_down(number),
+            }
+        }
+    }
+
+    fn take_terminal(&self) {
+        if let Some(Err(error)) = self.terminal.as_ref().map(|terminal| terminal.make_raw()) {
+            tracing::warn!("cannot put the terminal back into raw mode: {error}");
+        }
+    }
+
+    /// Asks the guest to shut down; at the second call, does not ask any more.
+    fn shut_down(&mut self, signal: i32) {
+        if self.shutdown_signal.is_some() {
+            self.end.get_or_insert(End::Killed { signal });
+            return;
+        }
+        self.shutdown_signal = Some(signal);
+        tracing::info!("signal {signal}: pressing the power button");
+        let typed = self.vm.devices.i8042.press_ctrl_alt_del();
+        if !typed && let Err(error) = self.vm.devices.power.press_button() {
+            tracing::warn!("cannot press the power button: {error}");
+        }
+        self.arm(self.shutdown_timeout);
+    }
+
+    fn on_input(&mut self, ops: &mut EventOps<'_>) {
+        let Some(input) = &mut self.input else { return };
+        let state = input.read();
+        self.follow_input(state, ops);
+    }
+
+    fn on_room(&mut self, ops: &mut EventOps<'_>) {
+        let _ = self.vm.room_event.read();
+        let Some(input) = &mut self.input else { return };
+        let state = input.flush();
+        self.follow_input(state, ops);
+    }
+
+    /// Watches standard input as long as the guest takes what it gives.
+    fn follow_input(&mut self, mut state: InputState, ops: &mut EventOps<'_>) {
+        loop {
+            let Some(input) = &mut self.input else { return };
+            let events = Events::with_data_raw(input.fd(), INPUT, EventSet::IN);
+            match state {
+                InputState::Quit => {
+                    self.end.get_or_insert(End::Quit);
+                    return;
+                }
+                InputState::WaitForInput if self.input_watched => return,
+                InputState::WaitForInput => {
+                    if ops.add(events).is_ok() {
+                        self.input_watched = true;
+                        return;
+                    }
+                    // A regular file cannot be watched, and is always ready.
+                    state = input.read();
+                }
+                InputState::WaitForRoom | InputState::Ended => {
+                    if std::mem::take(&mut self.input_watched) {
+                        let _ = ops.remove(events);
+                    }
+                    if state == InputState::Ended {
+                        self.input = None;
+                    }
+                    return;
+                }
+            }
+        }
+    }
+}
+
+impl MutEventSubscriber for MainLoop {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        match events.data() {
+            REQUESTS => self.on_request(),
+            FAILURE => self.on_failure(),
+            SIGNALS => self.on_signal(),
+            INPUT => self.on_input(ops),
+            ROOM => self.on_room(ops),
+            TIMER => self.on_timer(),
+            _ => {}
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        let fixed: [(RawFd, u32); 5] = [
+            (self.vm.requests_event.as_raw_fd(), REQUESTS),
+            (self.vm.shared.failed.as_raw_fd(), FAILURE),
+            (self.signals.as_raw_fd(), SIGNALS),
+            (self.vm.room_event.as_raw_fd(), ROOM),
+            (self.timer.as_raw_fd(), TIMER),
+        ];
+        for (fd, data) in fixed {
+            if let Err(error) = ops.add(Events::with_data_raw(fd, data, EventSet::IN)) {
+                self.end.get_or_insert(End::Stuck(format!("cannot watch an event: {error:?}")));
+            }
+        }
+        self.follow_input(InputState::WaitForInput, ops);
+    }
+}
+
+/// Blocks the signals that the main loop reads from a descriptor, in this thread and all that it starts.
+fn take_signals() -> Result<SignalFd, nix::Error> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGTSTP, Signal::SIGCONT] {
+        set.add(signal);
+    }
+    sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), None)?;
+    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+}
+
+/// Runs a VM until it ends.
+pub fn run(vm: Vm, timeline: &mut Timeline) -> Result<Ended, Error> {
+    let signals = take_signals().map_err(Error::Signals)?;
+    kvm::register_kick_signal()?;
+    let Vm { shared, vcpus, machine, requests_event, room_event, console, shutdown_timeout } = vm;
+
+    let reads_stdin = console.as_ref().is_some_and(|console| console.reads_stdin);
+    let terminal = match reads_stdin {
+        true => RawTerminal::enter().map_err(Error::Terminal)?.map(Arc::new),
+        false => None,
+    };
+    let input = match reads_stdin {
+        true => {
+            let input = ConsoleInput::new(machine.serial.clone(), terminal.is_some());
+            Some(input.map_err(|error| Error::Thread("input", error))?)
+        }
+        false => None,
+    };
+    let start_writer = |console: super::Console| -> Result<ConsoleWriter, Error> {
+        let target: File = console.target;
+        ConsoleWriter::start(console.output, machine.serial.clone(), target)
+            .map_err(|error| Error::Thread("console", error))
+    };
+    let writer = console.map(start_writer).transpose()?;
+
+    let vm = Arc::new(VmHandles { shared, devices: machine, requests_event, room_event });
+    let mut threads = Vec::with_capacity(vcpus.len());
+    timeline.kvm_calls_us = kvm::time_in_calls().as_micros() as u64;
+    timeline.mark("first KVM_RUN");
+    for (vcpu, emulator) in vcpus {
+        let thread = vcpu::spawn(vcpu, emulator, vm.shared.clone());
+        match thread {
+            Ok(thread) => threads.push(thread),
+            Err(error) => {
+                stop(&vm, threads);
+                return Err(Error::Thread("vCPU", error));
+            }
+        }
+    }
+
+    let main_loop = MainLoop {
+        vm: vm.clone(),
+        signals,
+        timer: TimerFd::new().map_err(Error::Timer)?,
+        shutdown_signal: None,
+        terminal,
+        input,
+        input_watched: false,
+        shutdown_timeout,
+        end: None,
+    };
+    let result = serve(main_loop);
+    stop(&vm, threads);
+    if let Some(writer) = writer {
+        writer.finish();
+    }
+    for mark in vm.devices.guest_event.marks() {
+        let name = match mark.value {
+            value if value == BootMark::FirstProcess as u8 => "first process".to_owned(),
+            value if value == BootMark::CommandStart as u8 => "command starts".to_owned(),
+            value if value == BootMark::CommandEnd as u8 => "command ended".to_owned(),
+            value => format!("guest mark {value}"),
+        };
+        timeline.mark_at(&name, mark.at);
+    }
+    timeline.mark("ended");
+    Ok(Ended { end: result?, exit_status: vm.devices.guest_event.exit_status() })
+}
+
+/// Runs the event loop until it knows how the VM ends.
+fn serve(main_loop: MainLoop) -> Result<End, Error> {
+    let mut events = EventManager::<MainLoop>::new_with_capacity(8).map_err(Error::Events)?;
+    let id = events.add_subscriber(main_loop);
+    loop {
+        if let Some(end) = events.subscriber_mut(id).map_err(Error::Events)?.end.take() {
+            return Ok(end);
+        }
+        match events.run() {
+            Ok(_) => {}
+            Err(event_manager::Error::Epoll(error)) if error.errno() == libc::EINTR => {}
+            Err(error) => return Err(Error::Events(error)),
+        }
+    }
+}
+
+/// Stops the vCPUs, then the devices, so that nothing is in flight any more.
+fn stop(vm: &VmHandles, threads: Vec<JoinHandle<()>>) {
+    vm.shared.stop.store(true, Ordering::Release);
+    while threads.iter().any(|thread| !thread.is_finished()) {
+        threads.iter().filter(|thread| !thread.is_finished()).for_each(Kick::kick);
+        std::thread::sleep(KICK_INTERVAL);
+    }
+    for thread in threads {
+        // A panic was turned into a failure on the thread itself.
+        let _ = thread.join();
+    }
+    for transport in &vm.devices.transports {
+        if let Err(error) = transport.stop(DEVICE_PATIENCE) {
+            tracing::warn!("{}", crate::error_chain(&error));
+        }
+    }
+}

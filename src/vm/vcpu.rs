@@ -1,0 +1,160 @@
+//! A vCPU's thread: run the guest, answer its exits, until the machine ends.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::Bus;
+use crate::kvm::pvm::Emulator;
+use crate::kvm::{Exit, Vcpu};
+use crate::legacy::GuestRequests;
+use crate::memory::{self, Ram};
+
+/// Why a vCPU cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The guest triple-faulted.
+    #[error("the guest triple-faulted")]
+    TripleFault,
+    /// KVM failed, or asks for something that rvmm does not know.
+    #[error("{0}")]
+    Stuck(String),
+}
+
+/// How the guest asked KVM itself to be ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    Again,
+    Stop,
+}
+
+/// What all vCPU threads of a VM share.
+pub struct VcpuShared {
+    /// Port I/O.
+    pub ports: Bus,
+    /// Memory-mapped I/O.
+    pub mmio: Bus,
+    /// Guest memory.
+    pub ram: Ram,
+    /// What the guest asks of the machine.
+    pub requests: Arc<GuestRequests>,
+    /// Set when all vCPUs are to stop.
+    pub stop: AtomicBool,
+    /// The first failure of a vCPU.
+    pub failure: Mutex<Option<Failure>>,
+    /// Signalled when a failure was left.
+    pub failed: EventFd,
+}
+
+impl VcpuShared {
+    fn fail(&self, failure: Failure) {
+        let mut first = self.failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        first.get_or_insert(failure);
+        let _ = self.failed.write(1);
+    }
+
+    fn stops(&self) -> bool {
+        self.stop.load(Ordering::Acquire) || self.requests.stops()
+    }
+}
+
+/// Starts the thread of a vCPU. It ends when the machine stops, or after it has left a failure.
+pub fn spawn(
+    mut vcpu: Vcpu,
+    mut emulator: Option<Emulator>,
+    shared: Arc<VcpuShared>,
+) -> std::io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(format!("vcpu{}", vcpu.index())).stack_size(128 << 10).spawn(move || {
+        let result = catch_unwind(AssertUnwindSafe(|| run(&mut vcpu, emulator.as_mut(), &shared)));
+        match result {
+            Ok(Ok(())) => {}
+            Ok(Err(failure)) => shared.fail(failure),
+            Err(_) => shared.fail(Failure::Stuck("the vCPU thread panicked; this is a bug in rvmm".into())),
+        }
+    })
+}
+
+fn run(vcpu: &mut Vcpu, mut emulator: Option<&mut Emulator>, shared: &VcpuShared) -> Result<(), Failure> {
+    let mut bound = vcpu.bind_to_thread();
+    while !shared.stops() {
+        let exit = bound.run().map_err(|error| Failure::Stuck(crate::error_chain(&error)))?;
+        if let Exit::EmulationFailure { instruction, len } = exit {
+            let bytes = instruction.get(..len).unwrap_or_default();
+            carry_out(bound.vcpu(), emulator.as_deref_mut(), shared, bytes)?;
+            continue;
+        }
+        let interrupted = matches!(exit, Exit::Interrupted);
+        if handle(exit, shared)? == Turn::Stop {
+            break;
+        }
+        if interrupted {
+            bound.clear_kick();
+        }
+    }
+    Ok(())
+}
+
+/// Answers one exit. The only place that knows what each kind of exit means.
+fn handle(exit: Exit<'_>, shared: &VcpuShared) -> Result<Turn, Failure> {
+    use crate::legacy::GuestRequest;
+    match exit {
+        Exit::PortRead { port, width, data } => {
+            data.chunks_mut(width).for_each(|chunk| shared.ports.read(port.into(), chunk));
+        }
+        Exit::PortWrite { port, width, data } => {
+            data.chunks(width).for_each(|chunk| shared.ports.write(port.into(), chunk));
+        }
+        Exit::MmioRead { addr, data } => shared.mmio.read(addr, data),
+        Exit::MmioWrite { addr, data } => shared.mmio.write(addr, data),
+        Exit::Interrupted => {}
+        Exit::TripleFault => return Err(Failure::TripleFault),
+        Exit::Reset => shared.requests.post(GuestRequest::Reset),
+        Exit::PowerOff => shared.requests.post(GuestRequest::PowerOff),
+        Exit::Crash => {
+            shared.requests.post(GuestRequest::Panicked);
+            shared.requests.post(GuestRequest::Reset);
+        }
+        Exit::EmulationFailure { .. } => return Err(Failure::Stuck("KVM cannot emulate an instruction".into())),
+        Exit::InternalError { suberror } => {
+            return Err(Failure::Stuck(format!("KVM gave up with internal error {suberror}")));
+        }
+        Exit::FailEntry { reason } => {
+            return Err(Failure::Stuck(format!("the processor refuses the guest's state (reason {reason:#x})")));
+        }
+        Exit::MemoryFault { addr } => return Err(memory_fault(addr)),
+        Exit::Unexpected(name) => return Err(Failure::Stuck(format!("KVM returned with {name}"))),
+    }
+    if memory::guard::pages_were_lost() {
+        return Err(memory_fault(None));
+    }
+    Ok(if shared.stops() { Turn::Stop } else { Turn::Again })
+}
+
+fn memory_fault(addr: Option<u64>) -> Failure {
+    let place = addr.map_or(String::new(), |addr| format!(" at {addr:#x}"));
+    Failure::Stuck(format!(
+        "the host cannot provide guest memory{place}: the kernel or initrd file was truncated while the VM ran, or \
+         the host's memory is exhausted"
+    ))
+}
+
+/// Carries out an instruction that KVM's emulator does not know, where this kind of KVM needs it.
+fn carry_out(
+    vcpu: &mut Vcpu,
+    emulator: Option<&mut Emulator>,
+    shared: &VcpuShared,
+    instruction: &[u8],
+) -> Result<(), Failure> {
+    let why = match emulator {
+        Some(emulator) => match emulator.carry_out(vcpu.fd(), &shared.ram, instruction) {
+            Ok(_) => return Ok(()),
+            Err(error) => format!(": {}", crate::error_chain(&error)),
+        },
+        None => String::new(),
+    };
+    let rip = vcpu.fd().get_regs().map_or(0, |regs| regs.rip);
+    Err(Failure::Stuck(format!("KVM cannot emulate the instruction {instruction:02x?} at {rip:#x}{why}")))
+}

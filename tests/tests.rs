@@ -1,0 +1,3 @@
+//! Tests of the product, one module for each topic.
+
+mod tidy;
