@@ -170,7 +170,7 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
     }
     let mut vcpus = Vec::with_capacity(config.cpus as usize);
     for index in 0..config.cpus {
-        let mut vcpu = vm.create_vcpu(index)?;
+        let vcpu = vm.create_vcpu(index)?;
         prepare_vcpu(&vcpu, &supported, &loaded, config.cpus, kvm.has_tsc_deadline())?;
         let emulator = quirks.then(Emulator::new);
         vcpus.push((vcpu, emulator));
@@ -189,7 +189,7 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
     Ok(Vm {
         shared: Arc::new(shared),
         vcpus,
-        machine: Machine { serial, i8042, power, guest_event, transports },
+        machine: Machine { serial, i8042, power, guest_event, transports, _kvm_vm: vm },
         requests_event,
         room_event,
         console,

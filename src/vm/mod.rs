@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::kvm::Vcpu;
+use crate::kvm::{self, Vcpu};
 use crate::kvm::pvm::Emulator;
 use crate::legacy::{GuestEvent, I8042, PowerBlock, Serial};
 use crate::virtio::mmio::Transport;
@@ -33,6 +33,8 @@ pub struct Machine {
     power: Arc<PowerBlock>,
     guest_event: Arc<GuestEvent>,
     transports: Vec<Arc<Transport>>,
+    /// With the last handle on the VM go its interrupts and notifications, so it stays open.
+    _kvm_vm: kvm::Vm,
 }
 
 /// The host's side of the serial console.
