@@ -24,14 +24,8 @@ const MAY_USE: [(&str, &[&str]); 12] = [
 ];
 
 /// Where `unsafe` may stand: the places that talk to the kernel behind Rust's back.
-const MAY_BE_UNSAFE: &[&str] = &[
-    "src/disk/",
-    "src/doctor/",
-    "src/kvm/",
-    "src/memory/",
-    "src/terminal.rs",
-    "src/virtio/memory.rs",
-];
+const MAY_BE_UNSAFE: &[&str] =
+    &["src/disk/", "src/doctor/", "src/kvm/", "src/memory/", "src/terminal.rs", "src/virtio/memory.rs"];
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -63,7 +57,8 @@ fn product(text: &str) -> &str {
 
 /// Names of top-level modules that a text refers to by `crate::NAME`.
 fn used_modules(text: &str) -> BTreeSet<String> {
-    let code = text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+    let code =
+        text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
     let mut used = BTreeSet::new();
     for part in code.split("crate::").skip(1) {
         let names = part.strip_prefix('{').map_or(part, |list| list.split("};").next().unwrap_or(list));
@@ -105,10 +100,13 @@ fn modules_use_only_what_lies_below_them() {
 
 #[test]
 fn rule_finds_what_it_is_for() {
-    let used = used_modules("use crate::kvm::Vm;\n// crate::comment\nuse crate::{bus, vm::{self, X}};\ncrate::disk::f()");
-    assert_eq!(used.into_iter().filter(|u| MAY_USE.iter().any(|(n, _)| n == u)).collect::<Vec<_>>(), [
-        "bus", "disk", "kvm", "vm"
-    ]);
+    let used = used_modules(
+        "use crate::kvm::Vm;\n// crate::comment\nuse crate::{bus, vm::{self, X}};\ncrate::disk::f()",
+    );
+    assert_eq!(
+        used.into_iter().filter(|u| MAY_USE.iter().any(|(n, _)| n == u)).collect::<Vec<_>>(),
+        ["bus", "disk", "kvm", "vm"]
+    );
 }
 
 #[test]

@@ -225,10 +225,15 @@ impl BoundVcpu<'_> {
             }
         };
         Ok(match exit {
-            // SAFETY (both): `shared` is the vCPU's `kvm_run`, and this is the exit that `port_width` is about.
-            VcpuExit::IoIn(port, data) => Exit::PortRead { port, width: unsafe { port_width(shared) }, data },
+            VcpuExit::IoIn(port, data) => {
+                // SAFETY: `shared` is the vCPU's `kvm_run`, and this is the exit that `port_width` is about.
+                let width = unsafe { port_width(shared) };
+                Exit::PortRead { port, width, data }
+            }
             VcpuExit::IoOut(port, data) => {
-                Exit::PortWrite { port, width: unsafe { port_width(shared) }, data }
+                // SAFETY: as above.
+                let width = unsafe { port_width(shared) };
+                Exit::PortWrite { port, width, data }
             }
             VcpuExit::MmioRead(addr, data) => Exit::MmioRead { addr, data },
             VcpuExit::MmioWrite(addr, data) => Exit::MmioWrite { addr, data },

@@ -25,8 +25,8 @@ use crate::kvm::{self, Kvm};
 use crate::legacy::{GuestEvent, GuestRequests, I8042, PowerBlock, PvPanic, Serial, SerialSink};
 use crate::memory::{self, Ram};
 use crate::platform::{
-    self, COM1, COM1_GSI, GUEST_EVENT, I8042 as I8042_PORTS, I8042_GSI, MmioSlot, POWER, POWER_GSI, PVPANIC, Ports,
-    VIRTIO_MMIO_SIZE,
+    self, COM1, COM1_GSI, GUEST_EVENT, I8042 as I8042_PORTS, I8042_GSI, MmioSlot, POWER, POWER_GSI, PVPANIC,
+    Ports, VIRTIO_MMIO_SIZE,
 };
 use crate::virtio::block::{Block, BlockOptions};
 use crate::virtio::mmio::Transport;
@@ -144,7 +144,8 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
     let power = Arc::new(PowerBlock::new(requests.clone(), irq(POWER_GSI)?));
     let guest_event = Arc::new(GuestEvent::default());
     let mut ports = Bus::default();
-    let mut at = |place: Ports, device: Arc<dyn BusDevice>| ports.insert(place.start.into(), place.len.into(), device);
+    let mut at =
+        |place: Ports, device: Arc<dyn BusDevice>| ports.insert(place.start.into(), place.len.into(), device);
     at(COM1, serial.clone())?;
     at(I8042_PORTS, i8042.clone())?;
     at(POWER, power.clone())?;
@@ -157,17 +158,14 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
         let device = Box::new(Block::new(disk.image, &disk.options));
         let transport = Arc::new(Transport::new(ram.clone(), device, irq(slot.gsi)?)?);
         for (queue, event) in (0..).zip(transport.queue_events()) {
-            vm.register_ioeventfd(event, slot.addr + u64::from(register::QUEUE_NOTIFY), queue)?;
+            vm.register_ioeventfd(event, slot.addr + register::QUEUE_NOTIFY, queue)?;
         }
         mmio.insert(slot.addr, VIRTIO_MMIO_SIZE, transport.clone())?;
         transports.push(transport);
     }
     timeline.mark("devices made");
 
-    let mut supported = kvm.supported_cpuid()?;
-    if quirks {
-        pvm::adjust_cpuid(&mut supported);
-    }
+    let supported = kvm.supported_cpuid()?;
     let mut vcpus = Vec::with_capacity(config.cpus as usize);
     for index in 0..config.cpus {
         let vcpu = vm.create_vcpu(index)?;
@@ -216,7 +214,11 @@ fn kernel_path(config: &VmConfig, kind: Kind) -> Result<PathBuf, Error> {
     }
     let path = kernel::find(kind).ok_or_else(|| Error::NoKernel {
         name: kernel::file_name(kind),
-        directories: kernel::directories().iter().map(|d| d.display().to_string()).collect::<Vec<_>>().join(", "),
+        directories: kernel::directories()
+            .iter()
+            .map(|d| d.display().to_string())
+            .collect::<Vec<_>>()
+            .join(", "),
     })?;
     tracing::info!("guest kernel: {}", path.display());
     Ok(path)
@@ -233,7 +235,14 @@ fn open_disks(config: &VmConfig) -> Result<Vec<OpenDisk>, Error> {
         let options = disk::Options { read_only: disk.readonly, cache: disk.cache, io: disk.io };
         let image = disk::open(&disk.path, &options)?;
         let queues = disk.queues.unwrap_or(config.cpus.min(DEFAULT_DISK_QUEUES) as u16);
-        Ok(OpenDisk { image, options: BlockOptions { serial: VmConfig::disk_id(index, disk), queues, ..BlockOptions::default() } })
+        Ok(OpenDisk {
+            image,
+            options: BlockOptions {
+                serial: VmConfig::disk_id(index, disk),
+                queues,
+                ..BlockOptions::default()
+            },
+        })
     };
     config.all_disks().enumerate().map(open).collect()
 }
@@ -251,12 +260,16 @@ fn command_line(config: &VmConfig, quirks: bool) -> Result<Cmdline, Error> {
         additions.push(if root.readonly { "ro" } else { "rw" }.into());
     }
     if quirks {
-        additions.extend(pvm::cmdline_additions().iter().map(|&addition| addition.to_owned()));
+        for addition in pvm::cmdline_additions() {
+            tracing::debug!("{}: {}", addition.parameter, addition.reason);
+            additions.push(addition.parameter.to_owned());
+        }
     }
     let user_sets_access = ["ro", "rw"].iter().any(|name| cmdline.user_value(name).is_some());
     for addition in additions {
         let name = addition.split('=').next().unwrap_or_default();
-        let user_sets_it = cmdline.user_value(name).is_some() || user_sets_access && matches!(name, "ro" | "rw");
+        let user_sets_it =
+            cmdline.user_value(name).is_some() || user_sets_access && matches!(name, "ro" | "rw");
         if !user_sets_it {
             cmdline.add(&addition)?;
         }
@@ -286,7 +299,12 @@ fn load_kernel(
     let loaded = boot::load(ram, &source, &machine, &command_line(config, quirks)?)?;
     tracing::info!("added to the guest's command line: {}", loaded.added.join(" "));
     tracing::debug!("guest's command line: {}", loaded.cmdline);
-    tracing::debug!("boot protocol: {:?}, entry {:#x}, devices by {:?}", loaded.protocol, loaded.entry, loaded.discovery);
+    tracing::debug!(
+        "boot protocol: {:?}, entry {:#x}, devices by {:?}",
+        loaded.protocol,
+        loaded.entry,
+        loaded.discovery
+    );
     Ok(loaded)
 }
 
@@ -304,7 +322,8 @@ fn prepare_vcpu(
     cpus: u32,
     tsc_deadline: bool,
 ) -> Result<(), Error> {
-    let place = boot::cpuid::Vcpu { index: vcpu.index() as u8, count: cpus as u8, tsc_deadline, tsc_khz: None };
+    let place =
+        boot::cpuid::Vcpu { index: vcpu.index() as u8, count: cpus as u8, tsc_deadline, tsc_khz: None };
     let entries = boot::cpuid::build(supported.as_slice(), place, &[]);
     vcpu.set_cpuid(&CpuId::from_entries(&entries).map_err(|_| Error::TooManyEntries(entries.len()))?)?;
     let msrs = boot::registers::msrs();

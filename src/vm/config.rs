@@ -306,7 +306,7 @@ impl VmConfig {
         if bytes < memory::MIN_SIZE {
             return Err(Error::TooLittleMemory(self.memory));
         }
-        if bytes % memory::PAGE_SIZE != 0 {
+        if !bytes.is_multiple_of(memory::PAGE_SIZE) {
             return Err(Error::OddMemory(self.memory));
         }
         if bytes > host_memory_bytes {

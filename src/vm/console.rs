@@ -185,7 +185,8 @@ pub enum InputState {
 /// Ctrl-A, which introduces a command to rvmm itself.
 const ESCAPE: u8 = 0x01;
 
-const ESCAPE_HELP: &str = "\r\nCtrl-A x  end the VM\r\nCtrl-A a  send Ctrl-A to the guest\r\nCtrl-A h  this help\r\n";
+const ESCAPE_HELP: &str =
+    "\r\nCtrl-A x  end the VM\r\nCtrl-A a  send Ctrl-A to the guest\r\nCtrl-A h  this help\r\n";
 
 /// Input on its way from standard input to the guest.
 pub struct ConsoleInput {

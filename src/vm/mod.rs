@@ -21,8 +21,8 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::kvm::{self, Vcpu};
 use crate::kvm::pvm::Emulator;
+use crate::kvm::{self, Vcpu};
 use crate::legacy::{GuestEvent, I8042, PowerBlock, Serial};
 use crate::virtio::mmio::Transport;
 

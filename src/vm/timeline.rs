@@ -66,7 +66,12 @@ impl Timeline {
         let mut text = String::from("boot timeline          wall ms      cpu ms\n");
         for moment in &self.moments {
             let cpu = moment.cpu_us.map_or("-".into(), |us| format!("{:.3}", us as f64 / 1e3));
-            text.push_str(&format!("  {:<18} {:>9.3} {:>11}\n", moment.name, moment.wall_us as f64 / 1e3, cpu));
+            text.push_str(&format!(
+                "  {:<18} {:>9.3} {:>11}\n",
+                moment.name,
+                moment.wall_us as f64 / 1e3,
+                cpu
+            ));
         }
         text.push_str(&format!("  {:<18} {:>9.3}\n", "in KVM's calls", self.kvm_calls_us as f64 / 1e3));
         text

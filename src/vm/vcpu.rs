@@ -117,12 +117,16 @@ fn handle(exit: Exit<'_>, shared: &VcpuShared) -> Result<Turn, Failure> {
             shared.requests.post(GuestRequest::Panicked);
             shared.requests.post(GuestRequest::Reset);
         }
-        Exit::EmulationFailure { .. } => return Err(Failure::Stuck("KVM cannot emulate an instruction".into())),
+        Exit::EmulationFailure { .. } => {
+            return Err(Failure::Stuck("KVM cannot emulate an instruction".into()));
+        }
         Exit::InternalError { suberror } => {
             return Err(Failure::Stuck(format!("KVM gave up with internal error {suberror}")));
         }
         Exit::FailEntry { reason } => {
-            return Err(Failure::Stuck(format!("the processor refuses the guest's state (reason {reason:#x})")));
+            return Err(Failure::Stuck(format!(
+                "the processor refuses the guest's state (reason {reason:#x})"
+            )));
         }
         Exit::MemoryFault { addr } => return Err(memory_fault(addr)),
         Exit::Unexpected(name) => return Err(Failure::Stuck(format!("KVM returned with {name}"))),
