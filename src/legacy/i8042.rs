@@ -46,6 +46,8 @@ const PORT_CLOCK_STUCK: u8 = 0x01;
 // Control byte.
 const CONTROL_KEYBOARD_INTERRUPT: u8 = 1 << 0;
 const CONTROL_KEYBOARD_OFF: u8 = 1 << 4;
+/// As firmware leaves it: keyboard interrupt on, self test passed, scan codes translated.
+const CONTROL_AFTER_FIRMWARE: u8 = 0x45;
 
 /// Output port: not in reset, address line 20 open.
 const OUTPUT_PORT_VALUE: u8 = 0x03;
@@ -87,7 +89,8 @@ pub struct I8042 {
 impl I8042 {
     /// A controller that posts to `requests` and interrupts for the keyboard through `irq`.
     pub fn new(requests: Arc<GuestRequests>, irq: EventFd) -> I8042 {
-        I8042 { state: Mutex::default(), requests, irq }
+        let state = I8042State { control: CONTROL_AFTER_FIRMWARE, ..I8042State::default() };
+        I8042 { state: Mutex::new(state), requests, irq }
     }
 
     /// Presses Ctrl-Alt-Del. Returns whether a guest listens to the keyboard at all.
@@ -261,15 +264,14 @@ mod tests {
     }
 
     #[test]
-    fn ctrl_alt_del_is_typed_only_to_a_guest_that_listens() {
+    fn ctrl_alt_del_is_typed_unless_the_keyboard_is_off() {
         let (_, device) = controller();
-        assert!(!device.press_ctrl_alt_del());
-        assert!(read_all(&device).is_empty());
-        device.write(COMMAND, &[WRITE_CONTROL]);
-        device.write(DATA, &[CONTROL_KEYBOARD_INTERRUPT]);
-        assert!(device.press_ctrl_alt_del());
+        device.press_ctrl_alt_del();
         assert_eq!(read_all(&device), CTRL_ALT_DEL);
         assert!(device.irq.read().unwrap() >= CTRL_ALT_DEL.len() as u64);
+        device.write(COMMAND, &[DISABLE_KEYBOARD]);
+        device.press_ctrl_alt_del();
+        assert!(read_all(&device).is_empty());
     }
 
     #[test]

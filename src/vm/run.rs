@@ -157,8 +157,9 @@ impl MainLoop {
         }
         self.shutdown_signal = Some(signal);
         tracing::info!("signal {signal}: pressing the power button");
-        let typed = self.vm.devices.i8042.press_ctrl_alt_del();
-        if !typed && let Err(error) = self.vm.devices.power.press_button() {
+        // A guest hears one of the two: with ACPI it is told that there is no keyboard, without it knows no button.
+        self.vm.devices.i8042.press_ctrl_alt_del();
+        if let Err(error) = self.vm.devices.power.press_button() {
             tracing::warn!("cannot press the power button: {error}");
         }
         self.arm(self.shutdown_timeout);

@@ -34,6 +34,15 @@ pub fn cmdline_additions() -> &'static [CmdlineAddition] {
             reason: "lets the PVM kernel mend SYSCALL, which arrives with the privileges of user code",
         },
         CmdlineAddition {
+            parameter: "pvm_host",
+            reason: "the guest kernel leaves out what is slow, or impossible, where its code is emulated",
+        },
+        CmdlineAddition {
+            parameter: "rvmm_ports",
+            reason: "without ACPI, the guest kernel powers off and tells of a panic by rvmm's ports",
+        },
+        CmdlineAddition { parameter: "tsc=reliable", reason: "a watchdog over the clock only costs time" },
+        CmdlineAddition {
             parameter: HIDDEN_FEATURES,
             reason: "instructions of these features are missing from KVM's emulator, or slow in it",
         },
