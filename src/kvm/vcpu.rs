@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 
 use kvm_bindings::{
     CpuId, KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
-    KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_fpu, kvm_lapic_state, kvm_regs, kvm_run, kvm_sregs,
+    KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_fpu, kvm_lapic_state, kvm_regs, kvm_run, kvm_sregs, kvm_xcrs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
@@ -160,11 +160,22 @@ impl Vcpu {
         call("KVM_GET_SREGS", || self.fd.get_sregs())
     }
 
-    /// Sets all registers a boot needs.
-    pub fn set_registers(&self, regs: &kvm_regs, sregs: &kvm_sregs, fpu: &kvm_fpu) -> Result<(), Error> {
+    /// Sets the general and the special registers.
+    pub fn set_registers(&self, regs: &kvm_regs, sregs: &kvm_sregs) -> Result<(), Error> {
         call("KVM_SET_SREGS", || self.fd.set_sregs(sregs))?;
-        call("KVM_SET_REGS", || self.fd.set_regs(regs))?;
+        call("KVM_SET_REGS", || self.fd.set_regs(regs))
+    }
+
+    /// Sets the x87 and SSE state.
+    pub fn set_fpu(&self, fpu: &kvm_fpu) -> Result<(), Error> {
         call("KVM_SET_FPU", || self.fd.set_fpu(fpu))
+    }
+
+    /// Sets XCR0, which says what XSAVE saves. To be called after [`Vcpu::set_cpuid`].
+    pub fn set_xcr0(&self, value: u64) -> Result<(), Error> {
+        let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
+        xcrs.xcrs[0].value = value;
+        call("KVM_SET_XCRS", || self.fd.set_xcrs(&xcrs))
     }
 
     /// Reads the local APIC's page.

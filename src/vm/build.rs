@@ -330,7 +330,13 @@ fn prepare_vcpu(
     vcpu.set_msrs(&Msrs::from_entries(&msrs).map_err(|_| Error::TooManyEntries(msrs.len()))?)?;
     if vcpu.index() == 0 {
         let sregs = boot::registers::sregs(loaded, vcpu.sregs()?);
-        vcpu.set_registers(&boot::registers::regs(loaded), &sregs, &boot::registers::fpu())?;
+        vcpu.set_registers(&boot::registers::regs(loaded), &sregs)?;
+    }
+    vcpu.set_fpu(&boot::registers::fpu())?;
+    // Where KVM itself runs in an emulated machine it may miss that the guest sets XCR0; elsewhere this is a help
+    // that nobody needs, so it may fail.
+    if let Some(Err(error)) = boot::cpuid::xcr0(&entries).map(|xcr0| vcpu.set_xcr0(xcr0)) {
+        tracing::debug!("{}", crate::error_chain(&error));
     }
     let mut lapic = vcpu.lapic()?;
     boot::registers::wire_lapic(&mut lapic);
