@@ -5,6 +5,7 @@
 //! - `main -> cli -> vm`
 //! - `vm -> {boot, virtio, legacy, bus, kvm, memory, disk}`
 //! - `virtio -> {memory, disk}`, never `kvm` or `vm`: it is handed event descriptors
+//! - `cli -> doctor -> kvm`
 //! - `boot -> memory`; `legacy`, `disk`, `memory`, `bus` -> crates only
 //! - `platform` holds addresses and numbers, and every module may use it
 //!
@@ -14,6 +15,7 @@ pub mod boot;
 pub mod bus;
 pub mod cli;
 pub mod disk;
+pub mod doctor;
 pub mod kvm;
 pub mod legacy;
 pub mod memory;

@@ -2,6 +2,7 @@
 
 mod boot;
 mod completions;
+mod doctor;
 mod hint;
 mod logging;
 mod man;
@@ -35,6 +36,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     Completions(completions::CompletionsArguments),
+    Doctor(doctor::DoctorArguments),
     Man(man::ManArguments),
 }
 
@@ -50,6 +52,7 @@ pub fn main(timeline: Timeline) -> ExitCode {
     let result = match arguments.command {
         None => boot::run(arguments.boot, timeline),
         Some(Command::Completions(arguments)) => completions::run(&arguments),
+        Some(Command::Doctor(arguments)) => doctor::run(&arguments),
         Some(Command::Man(arguments)) => man::run(&arguments),
     };
     result.unwrap_or_else(|error| {
