@@ -4,8 +4,8 @@
 //!
 //! - `main -> cli -> vm`
 //! - `vm -> {boot, virtio, legacy, bus, kvm, memory, disk}`
+//! - `cli -> doctor -> {kvm, vm}`
 //! - `virtio -> {memory, disk}`, never `kvm` or `vm`: it is handed event descriptors
-//! - `cli -> doctor -> kvm`
 //! - `boot -> memory`; `legacy`, `disk`, `memory`, `bus` -> crates only
 //! - `platform` holds addresses and numbers, and every module may use it
 //!

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::Check;
 use crate::kvm::kind::Kind;
-use crate::vm::kernel;
+use crate::vm;
 
 /// A user and the groups of this system.
 pub struct Account {
@@ -73,12 +73,12 @@ fn parse_groups(text: &str, user: &str) -> Vec<Group> {
 
 /// The guest kernel that this host needs.
 pub fn guest_kernel(kind: Option<Kind>) -> Check {
-    kernel_in(&kernel::directories(), kind)
+    kernel_in(&vm::kernel_directories(), kind)
 }
 
 fn kernel_in(directories: &[PathBuf], kind: Option<Kind>) -> Check {
     let (id, title) = ("guest-kernel", "guest kernel");
-    let wanted = kernel::file_name(kind.unwrap_or(Kind::Unknown));
+    let wanted = vm::kernel_file_name(kind.unwrap_or(Kind::Unknown));
     match directories.iter().map(|directory| directory.join(wanted)).find(|path| path.is_file()) {
         Some(path) => Check::ok(id, title, path.display().to_string()),
         None => Check::warn(id, title, format!("no {wanted} found; --kernel can name another"))

@@ -11,7 +11,7 @@ mod vcpu;
 
 pub use build::{Error as BuildError, build};
 pub use ended::{EXIT_FAILED, EXIT_PANIC, EXIT_RESET, EXIT_STUCK, EXIT_TRIPLE_FAULT, End, Ended};
-pub use kernel::{directories as kernel_directories, find as find_kernel};
+pub use kernel::{directories as kernel_directories, file_name as kernel_file_name, find as find_kernel};
 pub use run::{Error as RunError, run};
 pub use timeline::{Moment, Timeline};
 
