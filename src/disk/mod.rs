@@ -154,6 +154,13 @@ impl Image {
     }
 }
 
+impl Drop for Image {
+    fn drop(&mut self) {
+        // An io_uring that was closed lets go of the file some time later; the lock need not wait for that.
+        lock::release(&self.file);
+    }
+}
+
 /// Opens and locks the image at `path`: for this process alone, or together with other readers if it is read-only.
 pub fn open(path: &Path, options: &Options) -> Result<Image, Error> {
     let owned = || path.to_path_buf();
@@ -168,10 +175,10 @@ pub fn open(path: &Path, options: &Options) -> Result<Image, Error> {
     // Opened without waiting so that a FIFO cannot hold us up; io_uring would take the flag as "fail rather than wait".
     fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).map_err(|errno| host("set up")(errno.into()))?;
 
-    if !lock::acquire(&file, options.read_only).map_err(host("lock"))? {
-        let holder = lock::holder(metadata.dev(), metadata.ino());
-        return Err(Error::Locked { path: owned(), holder });
-    }
+    let numbers = (metadata.dev(), metadata.ino());
+    lock::acquire(&file, options.read_only, numbers)
+        .map_err(host("lock"))?
+        .map_err(|lock::Held(holder)| Error::Locked { path: owned(), holder })?;
     let block_device = kind.is_block_device();
     let size_bytes = if block_device {
         sync::block_device_size(file.as_raw_fd()).map_err(host("find the size of"))?

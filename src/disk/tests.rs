@@ -1,6 +1,7 @@
 #![allow(unsafe_code)]
 
 use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
 
 use super::*;
 
@@ -60,6 +61,42 @@ fn writer_excludes_all_and_readers_share() {
     open(&path, &Options::default()).unwrap();
 }
 
+/// Holds an image until it is killed; not a test, but the other process of the one below.
+#[test]
+#[ignore = "run by dead_holder_does_not_keep_the_image"]
+fn hold_image() {
+    let Some(path) = std::env::var_os("RVMM_TEST_HOLD") else { return };
+    let image = Arc::new(open(Path::new(&path), &Options { io: Io::Uring, ..Options::default() }).unwrap());
+    let mut engine = Engine::new(image, 8, Durability::OnFlush).unwrap();
+    engine.start(Operation::Flush, ());
+    engine.wait();
+    println!("holding");
+    std::thread::sleep(std::time::Duration::from_secs(60));
+}
+
+#[test]
+fn dead_holder_does_not_keep_the_image() {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Command, Stdio};
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(&dir, "disk", 1 << 20);
+    for _ in 0..5 {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "disk::tests::hold_image", "--ignored", "--nocapture"])
+            .env("RVMM_TEST_HOLD", &path)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert!(lines.any(|line| line.unwrap().contains("holding")));
+        let message = refusal(&path, &Options::default());
+        assert!(message.contains(&format!("by process {}", child.id())), "{message}");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        open(&path, &Options::default()).unwrap();
+    }
+}
+
 #[test]
 fn image_that_this_user_may_not_write_is_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -74,4 +111,104 @@ fn image_that_this_user_may_not_write_is_refused() {
     open(&path, &READ_ONLY).unwrap();
     assert!(matches!(open(&secret, &READ_ONLY), Err(Error::Permission { .. })));
     assert!(matches!(open(&secret, &Options::default()), Err(Error::Permission { .. })));
+}
+
+/// A loop device on a file, detached at the end.
+struct Loop(PathBuf);
+
+impl Loop {
+    fn new(file: &Path) -> Option<Self> {
+        let output =
+            std::process::Command::new("losetup").args(["--find", "--show"]).arg(file).output().ok()?;
+        let device = String::from_utf8(output.stdout).ok().filter(|_| output.status.success())?;
+        Some(Self(device.trim().into()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+/// Carries out one operation and returns what came of it.
+fn run(image: &Arc<Image>, operation: Operation) -> io::Result<()> {
+    let mut engine = Engine::new(Arc::clone(image), 8, Durability::OnFlush).unwrap();
+    engine.start(operation, ());
+    assert_eq!(engine.in_flight(), 1);
+    engine.commit();
+    engine.wait();
+    let ((), result) = engine.reap().expect("the operation is over");
+    assert_eq!(engine.in_flight(), 0);
+    result
+}
+
+fn write_operation(offset: u64, bytes: &'static [u8]) -> Operation {
+    let mut buffers = Buffers::default();
+    // SAFETY: the bytes live for ever and are only written from.
+    unsafe { buffers.push(bytes.as_ptr().cast_mut(), bytes.len()) };
+    Operation::Write { offset, buffers }
+}
+
+#[test]
+fn block_device_is_an_image_with_its_own_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(&dir, "disk", 1 << 20);
+    let Some(device) = Loop::new(&path) else {
+        eprintln!("skipped: this user or host has no loop device to give");
+        return;
+    };
+    for io in [Io::Sync, Io::Uring] {
+        let image = Arc::new(open(&device.0, &Options { io, ..Options::default() }).unwrap());
+        assert_eq!(image.size_bytes(), 1 << 20);
+        refusal(&device.0, &READ_ONLY);
+        run(&image, write_operation(0, &[7; 64 << 10])).unwrap();
+        run(&image, Operation::Discard { offset: 4096, len: 8192 }).unwrap();
+        run(&image, Operation::WriteZeroes { offset: 16384, len: 512, unmap: false }).unwrap();
+        run(&image, Operation::WriteZeroes { offset: 20480, len: 4096, unmap: true }).unwrap();
+        run(&image, Operation::Flush).unwrap();
+        let mut expected = vec![7; 64 << 10];
+        for range in [4096..12288, 16384..16896, 20480..24576] {
+            expected[range].fill(0);
+        }
+        let bytes = std::fs::read(&device.0).unwrap();
+        assert!(bytes[..64 << 10] == expected);
+    }
+}
+
+#[test]
+fn dropped_engine_has_let_go_of_its_buffers() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(&dir, "disk", 64 << 20);
+    for _ in 0..50 {
+        let image = Arc::new(open(&path, &Options { io: Io::Uring, ..Options::default() }).unwrap());
+        let mut engine = Engine::new(Arc::clone(&image), 64, Durability::Always).unwrap();
+        let mut bytes = vec![1u8; 1 << 20];
+        for slot in 0..32 {
+            let mut buffers = Buffers::default();
+            // SAFETY: `bytes` outlives the engine, which is dropped first, and is not touched until then.
+            unsafe { buffers.push(bytes.as_mut_ptr(), bytes.len()) };
+            engine.start(Operation::Read { offset: slot << 20, buffers }, ());
+        }
+        engine.commit();
+        drop(engine);
+        bytes.fill(9);
+        std::thread::sleep(std::time::Duration::from_micros(200));
+        assert!(bytes.iter().all(|byte| *byte == 9), "the host wrote to memory that it had let go of");
+    }
+}
+
+#[test]
+fn a_thousand_engines_leak_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(&dir, "disk", 1 << 20);
+    let image = Arc::new(open(&path, &Options { io: Io::Uring, ..Options::default() }).unwrap());
+    let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = descriptors();
+    for _ in 0..1000 {
+        let mut engine = Engine::new(Arc::clone(&image), 64, Durability::OnFlush).unwrap();
+        engine.start(Operation::Flush, ());
+    }
+    // Other tests open descriptors meanwhile, but not a thousand.
+    assert!(descriptors() < before + 500);
 }

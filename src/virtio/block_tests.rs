@@ -107,6 +107,8 @@ fn written_bytes_are_read_back_and_are_in_the_image() {
         assert_eq!((code, len), (status::OK, 4097));
         assert_eq!(rig.bytes(DATA + 0x10001, 4096), data);
         assert_eq!(rig.request(request::FLUSH, 0, &[]), (status::OK, 1));
+        // The interrupt comes after the answer.
+        rig.transport.pause(std::time::Duration::from_secs(20)).unwrap();
         assert!(rig.irq.read().unwrap() > 0);
         let driver = Driver(&rig.transport);
         assert_eq!(driver.read(register::INTERRUPT_STATUS), interrupt::USED_RING);

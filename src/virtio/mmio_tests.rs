@@ -418,6 +418,9 @@ fn broken_ring_needs_a_reset_that_heals() {
         for broken in 0..3 {
             rig.bring_up(features);
             rig.echo();
+            // The interrupt comes after the answer.
+            rig.transport.pause(LONG).unwrap();
+            rig.transport.resume();
             rig.driver().write(register::INTERRUPT_ACK, u32::MAX);
             let _ = rig.irq.read();
             match broken {
