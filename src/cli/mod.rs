@@ -20,6 +20,7 @@ use crate::vm::{EXIT_FAILED, Timeline};
     version,
     args_conflicts_with_subcommands = true,
     disable_help_subcommand = true,
+    arg_required_else_help = true,
     max_term_width = 100,
     after_long_help = boot::EXAMPLES
 )]
