@@ -132,6 +132,10 @@ pub fn run(arguments: BootArguments, mut timeline: Timeline) -> anyhow::Result<E
     timeline.mark("configured");
     let vm = vm::build(&config, &mut timeline)?;
     let ended = vm::run(vm, &mut timeline)?;
+    if ended.end == vm::End::Quit {
+        // The guest's cursor is anywhere in a line.
+        eprintln!();
+    }
     match arguments.timeline {
         Some(TimelineFormat::Table) => eprint!("{}", timeline.table()),
         Some(TimelineFormat::Json) => eprintln!("{}", serde_json::to_string(&timeline)?),
