@@ -12,7 +12,7 @@ const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/nested-host")
 fn is_prepared(test: &str) -> bool {
     let there = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/nested-host/kernel/version").exists();
     if !there {
-        eprintln!("{test}: SKIPPED, nothing is prepared: run scripts/nested-host --prepare");
+        eprintln!("skipped: {test}: nothing is prepared; run scripts/nested-host --prepare");
     }
     there
 }

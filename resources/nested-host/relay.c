@@ -6,6 +6,10 @@
  *   relay [-t SECONDS] [-b SECONDS] [-k CONSOLE-FILE] [-p PID-FILE] [-s KEY=VALUE]... QEMU ARGS... -- CMD ARGS...
  *
  * A single "--" ends QEMU's arguments. -b limits the time until the command starts, -t the whole run.
+ *
+ *   relay -c
+ *
+ * prints the frequency of this machine's time stamp counter in kHz.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -273,6 +277,35 @@ static bool escape_typed(const unsigned char *typed, size_t len)
     return false;
 }
 
+/* A clock reading and the counter at it, as near as the best of a few tries. */
+static void read_clocks(int64_t *ns, int64_t *counter)
+{
+    int64_t best = INT64_MAX;
+
+    for (int i = 0; i < 50; i++) {
+        struct timespec t;
+        int64_t before = (int64_t)__builtin_ia32_rdtsc();
+        clock_gettime(CLOCK_MONOTONIC_RAW, &t);
+        int64_t took = (int64_t)__builtin_ia32_rdtsc() - before;
+        if (took < best) {
+            best = took;
+            *counter = before + took / 2;
+            *ns = (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+        }
+    }
+}
+
+static int print_counter_khz(void)
+{
+    int64_t ns[2], counter[2];
+
+    read_clocks(&ns[0], &counter[0]);
+    usleep(20000);
+    read_clocks(&ns[1], &counter[1]);
+    printf("%.0f\n", (double)(counter[1] - counter[0]) * 1e6 / (double)(ns[1] - ns[0]));
+    return 0;
+}
+
 static const char *next_value(int *i, int argc, char **argv)
 {
     if (++*i >= argc)
@@ -289,6 +322,8 @@ int main(int argc, char **argv)
     size_t qemu_argc = 0;
     sigset_t mask, old_mask;
 
+    if (argc == 2 && strcmp(argv[1], "-c") == 0)
+        return print_counter_khz();
     for (; i < argc && argv[i][0] == '-' && argv[i][1] != '\0' && argv[i][2] == '\0'; i++) {
         switch (argv[i][1]) {
         case 't': timeout_ms = (int64_t)(strtod(next_value(&i, argc, argv), NULL) * 1000); break;
