@@ -2,11 +2,31 @@
 
 use std::io::ErrorKind;
 
+use crate::boot;
 use crate::kvm;
+use crate::vm::{BuildError, RunError, config};
 
-/// Advice for the first cause that some is known for.
+/// Advice for an error that some is known for.
 pub fn for_error(error: &anyhow::Error) -> Option<String> {
-    error.chain().find_map(|cause| cause.downcast_ref::<kvm::Error>().and_then(for_kvm))
+    if let Some(error) = error.downcast_ref::<BuildError>() {
+        return for_build(error);
+    }
+    match error.downcast_ref::<RunError>() {
+        Some(RunError::Kvm(error)) => for_kvm(error),
+        _ => None,
+    }
+}
+
+fn for_build(error: &BuildError) -> Option<String> {
+    let text = match error {
+        BuildError::Kvm(error) => return for_kvm(error),
+        BuildError::NoKernel { .. } => "build it with `scripts/build-kernel`, or name one with --kernel",
+        BuildError::Boot(boot::Error::Open { .. }) => "check the path given with --kernel or --initrd",
+        BuildError::Config(config::Error::TooMuchMemory { .. }) => "give the guest less with --memory",
+        BuildError::Config(config::Error::TooManyDevices(_)) => "put several file systems on one disk",
+        _ => return None,
+    };
+    Some(text.into())
 }
 
 fn for_kvm(error: &kvm::Error) -> Option<String> {

@@ -95,11 +95,14 @@ impl FromStr for Size {
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
+            // Exact where the unit allows it, else to a tenth of a unit that leaves two digits before the point.
             if self.0 >= 1 << shift && self.0.trailing_zeros() >= shift {
                 return write!(f, "{} {unit}", self.0 >> shift);
+            } else if self.0 >= 10 << shift {
+                return write!(f, "{:.1} {unit}", self.0 as f64 / (1u64 << shift) as f64);
             }
         }
-        if self.0 >= 1 << 20 { write!(f, "{} MiB", self.0 >> 20) } else { write!(f, "{} bytes", self.0) }
+        write!(f, "{} bytes", self.0)
     }
 }
 
