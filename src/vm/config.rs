@@ -404,7 +404,7 @@ mod tests {
         }
         assert_eq!(
             [Size(16 << 20), Size((16 << 20) + 1), Size(5)].map(|s| s.to_string()),
-            ["16 MiB", "16 MiB", "5 bytes"]
+            ["16 MiB", "16.0 MiB", "5 bytes"]
         );
     }
 
