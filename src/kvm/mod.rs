@@ -2,22 +2,24 @@
 //!
 //! Every set-up call is timed, so that the share of KVM in the start of a VM can be told from rvmm's own.
 
+mod calls;
 pub mod kind;
 pub mod probe;
 pub mod pvm;
 mod vcpu;
 mod vm;
 
+pub use calls::{CallTime, take_call_times};
 pub use vcpu::{Exit, Kick, Vcpu, register_kick_signal};
 pub use vm::{MemorySlot, Vm};
 
-use std::cell::Cell;
 use std::io;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Cap;
+
+use calls::{call, timed};
 
 /// Where the KVM device is.
 pub const KVM_PATH: &str = "/dev/kvm";
@@ -65,23 +67,6 @@ pub enum Error {
     Signal(#[source] io::Error),
 }
 
-thread_local! {
-    static TIME_IN_CALLS: Cell<Duration> = const { Cell::new(Duration::ZERO) };
-}
-
-/// Time that this thread has spent in KVM's set-up calls (everything but `KVM_RUN`).
-pub fn time_in_calls() -> Duration {
-    TIME_IN_CALLS.get()
-}
-
-/// Makes a set-up call: times it and names it in the error.
-fn call<T>(name: &'static str, f: impl FnOnce() -> Result<T, kvm_ioctls::Error>) -> Result<T, Error> {
-    let start = Instant::now();
-    let result = f();
-    TIME_IN_CALLS.set(TIME_IN_CALLS.get() + start.elapsed());
-    result.map_err(|error| Error::Call { call: name, source: error.into() })
-}
-
 /// The open KVM device.
 pub struct Kvm {
     fd: kvm_ioctls::Kvm,
@@ -90,16 +75,16 @@ pub struct Kvm {
 impl Kvm {
     /// Opens `/dev/kvm` and checks that it has all that rvmm needs.
     pub fn open() -> Result<Kvm, Error> {
-        let start = Instant::now();
         let path = c"/dev/kvm";
         debug_assert_eq!(Path::new(KVM_PATH).as_os_str().as_encoded_bytes(), path.to_bytes());
-        let fd = kvm_ioctls::Kvm::new_with_path(path).map_err(|error| Error::Open(error.into()))?;
-        TIME_IN_CALLS.set(TIME_IN_CALLS.get() + start.elapsed());
-        match fd.get_api_version() {
+        let fd = timed("open", || kvm_ioctls::Kvm::new_with_path(path))
+            .map_err(|error| Error::Open(error.into()))?;
+        match timed("KVM_GET_API_VERSION", || fd.get_api_version()) {
             API_VERSION => {}
             version => return Err(Error::ApiVersion(version)),
         }
-        if let Some((_, name)) = REQUIRED.iter().find(|(cap, _)| !fd.check_extension(*cap)) {
+        let missing = || REQUIRED.iter().find(|(cap, _)| !fd.check_extension(*cap));
+        if let Some((_, name)) = timed("KVM_CHECK_EXTENSION", missing) {
             return Err(Error::MissingCapability(name));
         }
         Ok(Kvm { fd })

@@ -15,7 +15,8 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use super::{Error, call};
+use super::Error;
+use super::calls::call;
 
 /// Why `KVM_RUN` returned, free of KVM's own types.
 #[derive(Debug)]

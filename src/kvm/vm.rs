@@ -6,7 +6,8 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Error, Vcpu, call};
+use super::calls::call;
+use super::{Error, Vcpu};
 use crate::memory::Ram;
 use crate::platform::{KVM_IDENTITY_MAP_ADDR, KVM_TSS_ADDR};
 

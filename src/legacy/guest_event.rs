@@ -1,7 +1,9 @@
 //! The guest-event port: boot marks and the exit status of the guest's work. See `docs/guest-event-port.md`.
 
 use std::sync::Mutex;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use nix::time::{ClockId, clock_gettime};
 
 use crate::bus::BusDevice;
 
@@ -32,6 +34,8 @@ pub struct Mark {
     pub value: u8,
     /// When.
     pub at: Instant,
+    /// Processor time that the whole process had used by then.
+    pub cpu: Option<Duration>,
 }
 
 #[derive(Default)]
@@ -73,7 +77,10 @@ impl BusDevice for GuestEvent {
         for (offset, &value) in (offset..).zip(data) {
             let mut told = self.lock();
             match offset {
-                MARK if told.marks.len() < MAX_MARKS => told.marks.push(Mark { value, at: Instant::now() }),
+                MARK if told.marks.len() < MAX_MARKS => {
+                    let cpu = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).ok().map(Duration::from);
+                    told.marks.push(Mark { value, at: Instant::now(), cpu });
+                }
                 EXIT_STATUS => told.exit_status = Some(value),
                 _ => {}
             }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kvm_bindings::{CpuId, Msrs};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{self, SerialConfig, VmConfig};
@@ -116,6 +117,10 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
     let kernel_path = kernel_path(config, kind)?;
 
     let ram = memory::allocate(config.memory.bytes())?;
+    for region in ram.iter() {
+        let (guest, host, len) = (region.start_addr().0, region.as_ptr(), region.len());
+        tracing::debug!("guest memory {guest:#x} at host {host:p}+{len:#x}");
+    }
     memory::guard::install(&ram).map_err(Error::Guard)?;
     let mut vm = kvm.create_vm()?;
     vm.set_memory(&ram)?;

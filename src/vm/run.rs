@@ -278,7 +278,7 @@ pub fn run(vm: Vm, timeline: &mut Timeline) -> Result<Ended, Error> {
 
     let vm = Arc::new(VmHandles { shared, devices: machine, requests_event, room_event });
     let mut threads = Vec::with_capacity(vcpus.len());
-    timeline.kvm_calls_us = kvm::time_in_calls().as_micros() as u64;
+    timeline.kvm_calls = kvm::take_call_times();
     timeline.mark("first KVM_RUN");
     for (vcpu, emulator) in vcpus {
         let thread = vcpu::spawn(vcpu, emulator, vm.shared.clone());
@@ -314,7 +314,7 @@ pub fn run(vm: Vm, timeline: &mut Timeline) -> Result<Ended, Error> {
             value if value == BootMark::CommandEnd as u8 => "command ended".to_owned(),
             value => format!("guest mark {value}"),
         };
-        timeline.mark_at(&name, mark.at);
+        timeline.mark_at(&name, mark.at, mark.cpu);
     }
     timeline.mark("ended");
     Ok(Ended { end: result?, exit_status: vm.devices.guest_event.exit_status() })

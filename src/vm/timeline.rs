@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use nix::sys::resource::{UsageWho, getrusage};
 use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
+
+use crate::kvm::CallTime;
 
 /// A moment that was passed.
 #[derive(Clone, Debug, Serialize)]
@@ -13,7 +14,7 @@ pub struct Moment {
     pub name: String,
     /// Wall-clock time since the start of the process's own code, in microseconds.
     pub wall_us: u64,
-    /// Processor time of the whole process, user and system, in microseconds; unknown for what the guest tells.
+    /// Processor time of the whole process, user and system, in microseconds.
     pub cpu_us: Option<u64>,
 }
 
@@ -26,8 +27,8 @@ pub struct Timeline {
     start: Option<Instant>,
     /// The moments.
     pub moments: Vec<Moment>,
-    /// Time spent in KVM's set-up calls before the first KVM_RUN, in microseconds.
-    pub kvm_calls_us: u64,
+    /// Time spent in KVM's set-up calls before the first KVM_RUN.
+    pub kvm_calls: Vec<CallTime>,
 }
 
 impl Timeline {
@@ -38,26 +39,20 @@ impl Timeline {
             start_monotonic_ns: now.as_nanos() as u64,
             start: Some(Instant::now()),
             moments: Vec::with_capacity(16),
-            kvm_calls_us: 0,
+            kvm_calls: Vec::new(),
         }
     }
 
     /// Notes that something has happened just now.
     pub fn mark(&mut self, name: &str) {
-        let cpu_us = getrusage(UsageWho::RUSAGE_SELF).ok().map(|usage| {
-            let us = |time: nix::sys::time::TimeVal| time.tv_sec() as u64 * 1_000_000 + time.tv_usec() as u64;
-            us(usage.user_time()) + us(usage.system_time())
-        });
-        self.push(name, Instant::now(), cpu_us);
+        let cpu = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).ok().map(Duration::from);
+        self.mark_at(name, Instant::now(), cpu);
     }
 
-    /// Notes that something happened at `at`.
-    pub fn mark_at(&mut self, name: &str, at: Instant) {
-        self.push(name, at, None);
-    }
-
-    fn push(&mut self, name: &str, at: Instant, cpu_us: Option<u64>) {
+    /// Notes that something happened at `at`, when the process had used the processor time `cpu`.
+    pub fn mark_at(&mut self, name: &str, at: Instant, cpu: Option<Duration>) {
         let wall = self.start.map_or(Duration::ZERO, |start| at.saturating_duration_since(start));
+        let cpu_us = cpu.map(|cpu| cpu.as_micros() as u64);
         self.moments.push(Moment { name: name.to_owned(), wall_us: wall.as_micros() as u64, cpu_us });
     }
 
@@ -73,7 +68,9 @@ impl Timeline {
                 cpu
             ));
         }
-        text.push_str(&format!("  {:<18} {:>9.3}\n", "in KVM's calls", self.kvm_calls_us as f64 / 1e3));
+        let sum = |part: fn(&CallTime) -> u64| self.kvm_calls.iter().map(part).sum::<u64>() as f64 / 1e6;
+        let (wall, cpu) = (sum(|call| call.wall_ns), sum(|call| call.cpu_ns));
+        text.push_str(&format!("  {:<18} {wall:>9.3} {cpu:>11.3}\n", "of it in KVM's calls"));
         text
     }
 }
