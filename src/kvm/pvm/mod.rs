@@ -16,7 +16,8 @@ pub use cmdline::{CmdlineAddition, cmdline_additions};
 use std::io;
 use std::sync::OnceLock;
 
-use kvm_ioctls::VcpuFd;
+use kvm_bindings::{kvm_regs, kvm_sync_regs};
+use kvm_ioctls::{SyncReg, VcpuFd};
 
 use crate::memory::Ram;
 use access::Failure;
@@ -120,6 +121,8 @@ fn processor() -> &'static Processor {
 #[derive(Debug, Default)]
 pub struct Emulator {
     carried_out: u64,
+    /// KVM leaves the registers in the memory that it shares with the monitor, and takes them from there.
+    shares_registers: bool,
 }
 
 impl Emulator {
@@ -133,13 +136,31 @@ impl Emulator {
         self.carried_out
     }
 
+    /// Has KVM share the registers, which spares a handful of calls for every instruction, each of which costs as much
+    /// as an exit on PVM hosts. The first time, they are fetched.
+    fn share_registers(&mut self, vcpu: &mut VcpuFd) -> Result<(), Error> {
+        if self.shares_registers {
+            return Ok(());
+        }
+        let regs = call("KVM_GET_REGS", vcpu.get_regs())?;
+        let sregs = call("KVM_GET_SREGS", vcpu.get_sregs())?;
+        let events = call("KVM_GET_VCPU_EVENTS", vcpu.get_vcpu_events())?;
+        *vcpu.sync_regs_mut() = kvm_sync_regs { regs, sregs, events };
+        for set in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
+            vcpu.set_sync_valid_reg(set);
+        }
+        self.shares_registers = true;
+        Ok(())
+    }
+
     /// Carries out the instruction that `vcpu` has just left the guest with. `bytes` starts with it, as far as KVM
     /// knew; if it is empty, the instruction is fetched from guest memory.
     ///
-    /// The vCPU can be run again afterwards, unless this is an error.
+    /// The vCPU can be run again afterwards, unless this is an error. As with port and MMIO reads, it is the next
+    /// `KVM_RUN` that brings its registers up to date, with an immediate exit if need be.
     pub fn carry_out(&mut self, vcpu: &mut VcpuFd, ram: &Ram, bytes: &[u8]) -> Result<Outcome, Error> {
-        let mut regs = call("KVM_GET_REGS", vcpu.get_regs())?;
-        let sregs = call("KVM_GET_SREGS", vcpu.get_sregs())?;
+        self.share_registers(vcpu)?;
+        let kvm_sync_regs { mut regs, sregs, .. } = vcpu.sync_regs();
         let rip = regs.rip;
         let user = sregs.ss.dpl == 3;
         let paging = Paging::new(&regs, &sregs, user, processor().physical_bits);
@@ -157,37 +178,40 @@ impl Emulator {
         match step {
             Step::Advance(next) => {
                 regs.rip = next;
-                call("KVM_SET_REGS", vcpu.set_regs(&regs))?;
+                set_registers(vcpu, &regs);
                 Ok(Outcome::Done)
             }
             Step::Trap { next, event } => {
                 regs.rip = next;
-                call("KVM_SET_REGS", vcpu.set_regs(&regs))?;
-                inject(vcpu, event)
+                set_registers(vcpu, &regs);
+                Ok(inject(vcpu, event))
             }
-            Step::Raise(event) => {
-                if let Some(address) = event.address {
-                    let sregs = kvm_bindings::kvm_sregs { cr2: address, ..sregs };
-                    call("KVM_SET_SREGS", vcpu.set_sregs(&sregs))?;
-                }
-                inject(vcpu, event)
-            }
+            Step::Raise(event) => Ok(inject(vcpu, event)),
             Step::Unsupported => Err(Error::Unsupported { rip, bytes: hex(bytes) }),
             Step::NotMemory(physical) => Err(Error::NotMemory { rip, bytes: hex(bytes), physical }),
         }
     }
 }
 
-fn inject(vcpu: &VcpuFd, event: Event) -> Result<Outcome, Error> {
-    let mut events = call("KVM_GET_VCPU_EVENTS", vcpu.get_vcpu_events())?;
+fn set_registers(vcpu: &mut VcpuFd, regs: &kvm_regs) {
+    vcpu.sync_regs_mut().regs = *regs;
+    vcpu.set_sync_dirty_reg(SyncReg::Register);
+}
+
+fn inject(vcpu: &mut VcpuFd, event: Event) -> Outcome {
+    if let Some(address) = event.address {
+        vcpu.sync_regs_mut().sregs.cr2 = address;
+        vcpu.set_sync_dirty_reg(SyncReg::SystemRegister);
+    }
+    let events = &mut vcpu.sync_regs_mut().events;
     events.flags = ONLY_EXCEPTION;
     events.exception.injected = 1;
     events.exception.pending = 0;
     events.exception.nr = event.vector;
     events.exception.has_error_code = event.error_code.is_some().into();
     events.exception.error_code = event.error_code.unwrap_or(0);
-    call("KVM_SET_VCPU_EVENTS", vcpu.set_vcpu_events(&events))?;
-    Ok(Outcome::Raised(event.vector))
+    vcpu.set_sync_dirty_reg(SyncReg::VcpuEvents);
+    Outcome::Raised(event.vector)
 }
 
 /// Reads the instruction at `rip`, as much of it as is in memory.
