@@ -212,3 +212,40 @@ fn a_thousand_engines_leak_nothing() {
     // Other tests open descriptors meanwhile, but not a thousand.
     assert!(descriptors() < before + 500);
 }
+
+/// Makes io_uring_setup fail in this thread, as a seccomp filter around a container does.
+fn forbid_io_uring() {
+    let statement = |code: u32, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf, k };
+    let filter = [
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, libc::SYS_io_uring_setup as u32),
+        statement(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+        statement(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
+    // SAFETY: the program lives until the calls return, which copy it; they change what this thread may do and nothing
+    // else.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program), 0);
+    }
+}
+
+#[test]
+fn host_without_io_uring_gets_system_calls_that_wait() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(&dir, "disk", 1 << 20);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            forbid_io_uring();
+            let image = |io| Arc::new(open(&path, &Options { io, ..Options::default() }).unwrap());
+            let auto = image(Io::Auto);
+            assert!(Engine::<()>::new(Arc::clone(&auto), 8, Durability::OnFlush).unwrap().fd().is_none());
+            run(&auto, write_operation(512, &[7; 512])).unwrap();
+            run(&auto, Operation::Flush).unwrap();
+            drop(auto);
+            assert!(Engine::<()>::new(image(Io::Uring), 8, Durability::OnFlush).is_err());
+        });
+    });
+    assert_eq!(std::fs::read(&path).unwrap()[512..1024], [7; 512]);
+}

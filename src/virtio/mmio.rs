@@ -128,11 +128,6 @@ impl Transport {
         &self.kicks
     }
 
-    /// Device number (virtio 1.2 §5).
-    pub fn device_id(&self) -> u32 {
-        self.id
-    }
-
     /// Brings the device to rest: nothing is in flight and guest memory is not touched until [`Self::resume`]. For the
     /// thread that controls the VM, while no vCPU runs.
     pub fn pause(&self, limit: Duration) -> Result<(), Error> {

@@ -118,11 +118,6 @@ impl Queue {
             .map_err(|error| Error::Ring(virtio_queue::Error::GuestMemory(error)))?;
         Ok(u16::from_le(flags) & spec::AVAIL_F_NO_INTERRUPT == 0)
     }
-
-    /// Gives up the queue's state.
-    pub fn into_inner(self) -> virtio_queue::Queue {
-        self.inner
-    }
 }
 
 #[cfg(test)]
