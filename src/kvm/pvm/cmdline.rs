@@ -19,16 +19,13 @@ pub struct CmdlineAddition {
 /// - 288 FSGSBASE, 295 SMEP: CR4 bits that only add work to every entry
 /// - 297 ERMS, 580 FSRM: make the kernel copy with REP MOVSB, which KVM emulates byte by byte; REP MOVSQ is 7 times
 ///   faster
-/// - 323 XSAVES: its supervisor mask MSR does not exist; XSAVEC saves the same
-const HIDDEN_FEATURES: &str = "clearcpuid=59,141,145,151,288,295,297,298,308,323,534,580";
+/// - 320 XSAVEOPT, 321 XSAVEC, 322 XGETBV1, 323 XSAVES: XSAVE saves the same, and is what a kernel executes that does
+///   not patch its own code, as rvmm's does not on PVM hosts
+const HIDDEN_FEATURES: &str = "clearcpuid=59,141,145,151,288,295,297,298,308,320,321,322,323,534,580";
 
 /// The parameters that rvmm adds on PVM hosts.
 pub fn cmdline_additions() -> &'static [CmdlineAddition] {
     &[
-        CmdlineAddition {
-            parameter: "pvm_host",
-            reason: "tells rvmm's PVM kernel what kind of host it is on; others do not know it",
-        },
         CmdlineAddition {
             parameter: "pvm_syscall_fixup",
             reason: "lets the PVM kernel mend SYSCALL, which arrives with the privileges of user code",
@@ -52,6 +49,15 @@ pub fn cmdline_additions() -> &'static [CmdlineAddition] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_parameter_is_added_once() {
+        let mut names: Vec<_> =
+            cmdline_additions().iter().map(|addition| addition.parameter.split('=').next()).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), cmdline_additions().len());
+    }
 
     #[test]
     fn additions_are_single_words() {
