@@ -3,5 +3,7 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    rvmm::cli::main(rvmm::vm::Timeline::start())
+    let timeline = rvmm::vm::Timeline::start();
+    rvmm::memory::heap::use_one_arena();
+    rvmm::cli::main(timeline)
 }

@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 pub mod guard;
+pub mod heap;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;

@@ -122,17 +122,19 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
         tracing::debug!("guest memory {guest:#x} at host {host:p}+{len:#x}");
     }
     memory::guard::install(&ram).map_err(Error::Guard)?;
-    let mut vm = kvm.create_vm()?;
-    vm.set_memory(&ram)?;
     timeline.mark("memory mapped");
 
+    // Before KVM knows of the memory, so that it need not be told of the mappings that the kernel replaces.
     let slots: Vec<MmioSlot> = (0..disks.len()).filter_map(platform::mmio_slot).collect();
     let loaded = load_kernel(config, &kernel_path, &ram, &slots, quirks)?;
     timeline.mark("kernel loaded");
 
+    let mut vm = kvm.create_vm()?;
+    vm.set_memory(&ram)?;
     vm.create_interrupt_controllers()?;
     let reports_instructions = vm.exit_on_emulation_failure()?;
     tracing::debug!("KVM reports instructions that it cannot emulate: {reports_instructions}");
+    timeline.mark("VM made");
 
     let requests_event = event()?;
     let room_event = event()?;
@@ -297,7 +299,8 @@ fn load_kernel(
     let machine = boot::Machine {
         cpus: config.cpus as u8,
         virtio: slots.to_vec(),
-        discovery: boot::Discovery::Auto,
+        // A kernel that can run on a PVM host hardly has ACPI, so the search for it in the file is spared there.
+        discovery: if quirks { boot::Discovery::Both } else { boot::Discovery::Auto },
         serial: config.serial != SerialConfig::None,
         generation_id: generation_id()?,
     };
