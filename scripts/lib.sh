@@ -83,8 +83,8 @@ place() {
     cp --sparse=always "$1" "$2.$$" && mv -f "$2.$$" "$2"
 }
 
-# build_rvmm: target/release/rvmm, linked statically: it starts sooner, takes less memory (docs/performance.md), and runs
-# on hosts with other libraries. `cargo build --release` makes the same program, linked dynamically.
+# build_rvmm [PREFIX…]: target/release/rvmm, linked statically: it starts sooner, takes less memory (docs/performance.md),
+# and runs on hosts with other libraries. `cargo build --release` makes the same program, linked dynamically.
 build_rvmm() {
-    (cd "$project" && cargo rustc --release --locked --quiet --bin rvmm -- -C target-feature=+crt-static)
+    (cd "$project" && "$@" cargo rustc --release --locked --bin rvmm -- -C target-feature=+crt-static)
 }
