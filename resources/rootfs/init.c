@@ -243,17 +243,26 @@ static int power_button_pressed(int fd)
 	return 0;
 }
 
+/* Every process is our child or becomes it. kill(-1) cannot tell: it finds kernel threads too. */
+static int none_left(void)
+{
+	pid_t pid;
+
+	while ((pid = waitpid(-1, NULL, WNOHANG)) > 0)
+		;
+	return pid < 0 && errno == ECHILD;
+}
+
 static void end_processes(void)
 {
 	struct timespec pause = { .tv_nsec = 20 * 1000 * 1000 };
 
-	if (kill(-1, SIGTERM) < 0 && errno == ESRCH)
+	if (none_left())
 		return;
+	kill(-1, SIGTERM);
 	kill(-1, SIGCONT);
 	for (int i = 0; i < 100; i++) {
-		while (waitpid(-1, NULL, WNOHANG) > 0)
-			;
-		if (kill(-1, 0) < 0 && errno == ESRCH)
+		if (none_left())
 			return;
 		nanosleep(&pause, NULL);
 	}
