@@ -94,6 +94,32 @@ static int cli_allowed(void)
 	return 1;
 }
 
+static const char *const entry_names[] = { "entry_SYSCALL_64", "ignore_sysret",
+					   "entry_SYSCALL_compat", "entry_SYSENTER_compat" };
+#define ENTRIES (sizeof entry_names / sizeof *entry_names)
+static unsigned long entries[ENTRIES];
+
+/* One pass: the file is long, and slow to read where kernel code is emulated. */
+static void read_entries(void)
+{
+	FILE *f = fopen("/proc/kallsyms", "re");
+	char line[256], name[128], type;
+	unsigned long address;
+
+	if (!f)
+		return;
+	while (fgets(line, sizeof line, f)) {
+		if (!strstr(line, "entry_SYS") && !strstr(line, "ignore_sysret"))
+			continue;
+		if (sscanf(line, "%lx %c %127s", &address, &type, name) != 3)
+			continue;
+		for (size_t i = 0; i < ENTRIES; i++)
+			if (!strcmp(name, entry_names[i]))
+				entries[i] = address;
+	}
+	fclose(f);
+}
+
 /* Flags of every kind in R11. */
 static void hostile_flags(void)
 {
@@ -248,6 +274,81 @@ static void compat_int80(void)
 		_exit(44);
 }
 
+/*
+ * A host that emulates 32-bit SYSCALL or SYSENTER wrongly may enter kernel mode at
+ * the low half of the kernel's entry address. Put code there that says which
+ * privilege it runs with and returns to user mode by IRET.
+ */
+static void alias(unsigned char opcode1)
+{
+	const unsigned char payload[] = {
+		0x66, 0x8c, 0xc8,		/* mov %cs, %ax */
+		0x66, 0xa3, 0, 0, 0, 0, 0, 0, 0, 0, /* mov %ax, shared (64-bit form) */
+		0x6a, 0x2b,			/* push $ss */
+		0x53,				/* push %rbx: the 64-bit stack */
+		0x68, 0x02, 0x02, 0, 0,		/* push $flags */
+		0x6a, 0x33,			/* push $cs */
+		0x41, 0x57,			/* push %r15: where to */
+		0x48, 0xcf,			/* iretq */
+	};
+	uint16_t *shared = mmap(NULL, 4096, PROT_READ | PROT_WRITE,
+				MAP_SHARED | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+	unsigned char *code = mmap(NULL, 8192, PROT_READ | PROT_WRITE | PROT_EXEC,
+				   MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+	int status, mapped = 0;
+
+	if (shared == MAP_FAILED || code == MAP_FAILED)
+		return fail("no memory for the test", errno);
+	*shared = 0xffff;
+	for (size_t i = 0; i < ENTRIES; i++) {
+		unsigned long low = entries[i] & 0xffffffff;
+		if (!low)
+			continue;
+		unsigned char *page = mmap((void *)(low & ~0xffful), 8192,
+					   PROT_READ | PROT_WRITE | PROT_EXEC,
+					   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+		if (page == MAP_FAILED)
+			continue;
+		mapped++;
+		memset(page, 0x90, 8192);
+		memcpy(page + 8192 - 64, payload, sizeof payload);
+		uint64_t where = (uint64_t)shared;
+		memcpy(page + 8192 - 64 + 5, &where, 8);
+	}
+	/* 32-bit: the instruction, then lret, as in compat() */
+	const unsigned char program[] = { 0xb8, 20, 0, 0, 0, 0x0f, opcode1, 0xcb };
+	memcpy(code, program, sizeof program);
+	unsigned long stack = (unsigned long)code + 8192 - 256;
+	fflush(stdout);
+	pid_t pid = fork();
+	if (pid == 0) {
+		signal(SIGSEGV, SIG_DFL);
+		signal(SIGILL, SIG_DFL);
+		asm volatile(
+			"pushq %%rbp\n\tpushq %%rbx\n\t"
+			"movq %%rsp, %%rbx\n\t"
+			"movq %[stack], %%rsp\n\t"
+			"movl $0x33, 4(%%rsp)\n\t"
+			"leaq 1f(%%rip), %%r15\n\t"
+			"movl %%r15d, (%%rsp)\n\t"
+			"pushq $0x23\n\t"
+			"pushq %[code]\n\t"
+			"lretq\n"
+			"1:\tmovq %%rbx, %%rsp\n\t"
+			"popq %%rbx\n\tpopq %%rbp\n\t"
+			: : [stack] "D"(stack), [code] "S"((unsigned long)code)
+			: "rax", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+			  "r15", "memory", "cc");
+		_exit(0);
+	}
+	waitpid(pid, &status, 0);
+	if (*shared != 0xffff && !(*shared & 3))
+		fail("kernel mode at a user address", *shared);
+	else
+		printf("syscall-entry: alias of the entry by 0f %02x (%d mapped): never in kernel mode\n",
+		       opcode1, mapped);
+}
+
 static void check_compat(const char *name, void (*body)(void))
 {
 	int status = in_child(body);
@@ -258,24 +359,6 @@ static void check_compat(const char *name, void (*body)(void))
 		printf("syscall-entry: %s: %s\n", name, WIFSIGNALED(status) ? "killed" : "nothing gained");
 }
 
-static unsigned long from_kallsyms(void)
-{
-	FILE *f = fopen("/proc/kallsyms", "re");
-	char line[256], name[128], type;
-	unsigned long address, found = 0;
-
-	if (!f)
-		return 0;
-	while (fgets(line, sizeof line, f))
-		if (sscanf(line, "%lx %c %127s", &address, &type, name) == 3 &&
-		    !strcmp(name, "entry_SYSCALL_64")) {
-			found = address;
-			break;
-		}
-	fclose(f);
-	return found;
-}
-
 int main(int argc, char **argv)
 {
 	static char alternate[65536];
@@ -283,7 +366,10 @@ int main(int argc, char **argv)
 	struct sigaction action = { .sa_handler = on_fault, .sa_flags = SA_ONSTACK | SA_NODEFER };
 	int status;
 
-	entry = argc > 1 ? strtoul(argv[1], NULL, 16) : from_kallsyms();
+	read_entries();
+	if (argc > 1)
+		entries[0] = strtoul(argv[1], NULL, 16);
+	entry = entries[0];
 	if (!entry) {
 		printf("syscall-entry: no address of entry_SYSCALL_64: run as root or give it\n");
 		return 2;
@@ -310,6 +396,8 @@ int main(int argc, char **argv)
 	check_compat("32-bit SYSCALL", compat_syscall);
 	check_compat("32-bit SYSENTER", compat_sysenter);
 	check_compat("32-bit INT 0x80", compat_int80);
+	alias(0x05);
+	alias(0x34);
 	if (syscall(SYS_getpid) != getpid())
 		fail("a broken kernel", 0);
 	printf("syscall-entry: %s\n", failures ? "FAILED" : "passed");
