@@ -260,8 +260,13 @@ def report(bench):
     stats.print_table("process start to first serial byte, tiny ELF guest", "ms", rows)
 
     rows = []
-    for key, label in (("own_wall_ms", "own, wall"), ("own_cpu_ms", "own, CPU"), ("kvm_wall_ms", "KVM's calls, wall"),
-                       ("kvm_cpu_ms", "KVM's calls, CPU")):
+    growing = (
+        ("own_wall_ms", "own, wall"),
+        ("own_cpu_ms", "own, CPU"),
+        ("kvm_wall_ms", "KVM's calls, wall"),
+        ("kvm_cpu_ms", "KVM's calls, CPU"),
+    )
+    for key, label in growing:
         sizes = sorted({record["memory_mib"] for record in results["growth"]})
         rows += [(f"{label}, {size} MiB", column(results["growth"], key, memory_mib=size)) for size in sizes]
     stats.print_table("rvmm to first KVM_RUN by guest memory", "ms", rows)
@@ -303,6 +308,8 @@ def print_stages(records):
 
 def main():
     options = arguments()
+    # So that what is to be done at the end is done then, too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if os.geteuid() != 0 and options.nice < 0:
         fail("a negative --nice needs root")
     if options.nice:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The monitors that are compared: how each is started, and how its parts are told apart."""
 
+import atexit
 import os
 import re
 import shutil
@@ -36,6 +37,15 @@ class Process:
             pass_fds=pass_fds,
         )
         self.pid = self.popen.pid
+        # A benchmark that ends early leaves no VM behind.
+        atexit.register(self.kill)
+
+    def kill(self):
+        """Ends the process, if it is still there."""
+        atexit.unregister(self.kill)
+        if self.popen.poll() is None:
+            self.popen.kill()
+            self.popen.wait()
 
     def stop(self, signals):
         """Sends signals, some time apart, until the process ends; returns what it wrote to standard error."""
@@ -51,10 +61,12 @@ class Process:
     def collect(self, timeout):
         """Waits for the end; returns what was written to standard error."""
         try:
-            return self.popen.communicate(timeout=timeout)[1].decode(errors="replace")
+            log = self.popen.communicate(timeout=timeout)[1]
         except subprocess.TimeoutExpired:
             self.popen.kill()
-            return self.popen.communicate()[1].decode(errors="replace")
+            log = self.popen.communicate()[1]
+        self.kill()
+        return log.decode(errors="replace")
 
     def cpu_s(self):
         """Processor time of all threads so far, in seconds."""
