@@ -6,13 +6,19 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::support::{project, skip};
+
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/nested-host");
 
 /// Downloading a kernel is not a test's to start.
-fn is_prepared(test: &str) -> bool {
-    let there = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/nested-host/kernel/version").exists();
+fn is_prepared() -> bool {
+    if std::env::var_os("RVMM_NESTED_HOST").is_some() {
+        skip("this is inside scripts/nested-host");
+        return false;
+    }
+    let there = project("target/nested-host/kernel/version").exists();
     if !there {
-        eprintln!("skipped: {test}: nothing is prepared; run scripts/nested-host --prepare");
+        skip("nothing is prepared: run scripts/nested-host --prepare");
     }
     there
 }
@@ -33,7 +39,7 @@ fn assert_ok(output: &Output) {
 
 #[test]
 fn streams_status_environment_and_results_are_carried() {
-    if !is_prepared("streams_status_environment_and_results_are_carried") {
+    if !is_prepared() {
         return;
     }
     let dir = tempfile::tempdir().expect("a directory");
@@ -65,7 +71,7 @@ fn streams_status_environment_and_results_are_carried() {
 
 #[test]
 fn large_streams_come_through_whole() {
-    if !is_prepared("large_streams_come_through_whole") {
+    if !is_prepared() {
         return;
     }
     let data: Vec<u8> =
@@ -83,7 +89,7 @@ fn large_streams_come_through_whole() {
 
 #[test]
 fn terminal_is_carried_and_restored() {
-    if !is_prepared("terminal_is_carried_and_restored") {
+    if !is_prepared() {
         return;
     }
     let line = format!(
@@ -103,7 +109,7 @@ fn terminal_is_carried_and_restored() {
 
 #[test]
 fn time_limit_gives_124() {
-    if !is_prepared("time_limit_gives_124") {
+    if !is_prepared() {
         return;
     }
     let output =
@@ -113,7 +119,7 @@ fn time_limit_gives_124() {
 
 #[test]
 fn sigterm_leaves_no_machine() {
-    if !is_prepared("sigterm_leaves_no_machine") {
+    if !is_prepared() {
         return;
     }
     let dir = tempfile::tempdir().expect("a directory");

@@ -1,3 +1,11 @@
 //! Tests of the product, one module for each topic.
+//!
+//! What a test needs and does not find (KVM, a kernel, root, a tool) it names in a line `skipped: …`. `scripts/test`
+//! builds what is needed and runs everything twice: on this host, and what needs a complete KVM in `nested-host`.
 
+mod boot;
+mod cli;
+mod linux;
+mod nested_host;
+mod support;
 mod tidy;
