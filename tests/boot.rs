@@ -179,7 +179,7 @@ fn long_output_comes_whole() {
     if !has_kvm() {
         return;
     }
-    const LEN: u32 = 300_000;
+    const LEN: u32 = 150_000;
     let outcome = tiny(&Program::new().send(0x20_0000, LEN).power_off()).monitor().run();
     outcome.exits(0);
     assert_eq!(outcome.bytes.len(), LEN as usize);
@@ -203,7 +203,7 @@ fn closed_streams_do_not_end_the_guest() {
     if !has_kvm() {
         return;
     }
-    let guest = tiny(&Program::new().send(0x20_0000, 200_000).exit_status(9).power_off());
+    let guest = tiny(&Program::new().send(0x20_0000, 20_000).exit_status(9).power_off());
     for redirection in ["| true", "| head -c 10 >/dev/null", ">&-", "</dev/null >/dev/full", "<&- >/dev/null"] {
         let line = format!("{{ \"$RVMM\" --kernel kernel --memory 16M; echo $? >code; }} 2>/dev/null {redirection}");
         let seen = in_shell(&guest, &line);

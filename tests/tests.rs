@@ -8,4 +8,5 @@ mod cli;
 mod linux;
 mod nested_host;
 mod support;
+mod terminal;
 mod tidy;

@@ -17,7 +17,7 @@ pub use guest::{Linux, Script, linux, tiny};
 pub use monitor::{Monitor, Outcome, Running};
 
 /// How long anything may take that a healthy machine does at once. Only a hang should meet it: no test asserts a time.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a Linux guest may take, on the slowest kind of KVM and a busy host.
 pub const LINUX_PATIENCE: Duration = Duration::from_secs(300);
 
