@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::Bus;
@@ -54,6 +55,10 @@ impl VcpuShared {
         let mut first = self.failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         first.get_or_insert(failure);
         let _ = self.failed.write(1);
+    }
+
+    fn is_ram(&self, addr: u64) -> bool {
+        self.ram.address_in_range(GuestAddress(addr))
     }
 
     fn stops(&self) -> bool {
@@ -106,6 +111,10 @@ fn handle(exit: Exit<'_>, shared: &VcpuShared) -> Result<Turn, Failure> {
         }
         Exit::PortWrite { port, width, data } => {
             data.chunks(width).for_each(|chunk| shared.ports.write(port.into(), chunk));
+        }
+        // KVM's emulator takes memory that the host cannot provide for a device's.
+        Exit::MmioRead { addr, .. } | Exit::MmioWrite { addr, .. } if shared.is_ram(addr) => {
+            return Err(memory_fault(Some(addr)));
         }
         Exit::MmioRead { addr, data } => shared.mmio.read(addr, data),
         Exit::MmioWrite { addr, data } => shared.mmio.write(addr, data),
