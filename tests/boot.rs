@@ -82,7 +82,8 @@ fn guest_finds_the_event_port_by_its_letter() {
     if !has_kvm() {
         return;
     }
-    let program = Program::new().copy(rvmm::platform::GUEST_EVENT.start, rvmm::platform::COM1.start).power_off();
+    let program =
+        Program::new().copy(rvmm::platform::GUEST_EVENT.start, rvmm::platform::COM1.start).power_off();
     let outcome = tiny(&program).monitor().run();
     outcome.exits(0).check(outcome.bytes == b"R", "the port does not read as R");
 }
@@ -115,7 +116,10 @@ fn memory_that_a_guest_sees(size: &str) -> (u64, u64) {
     for entry in map.chunks(20).take(usize::from(*count)) {
         let (start, len, kind) = (number(&entry[..8]), number(&entry[8..16]), entry[16]);
         if kind == 1 && start < 1 << 32 {
-            assert!(start + len <= rvmm::platform::MMIO_HOLE_START, "memory in the MMIO hole: {start:#x}+{len:#x}");
+            assert!(
+                start + len <= rvmm::platform::MMIO_HOLE_START,
+                "memory in the MMIO hole: {start:#x}+{len:#x}"
+            );
             low += len;
         } else if kind == 1 {
             high += len;
@@ -138,7 +142,10 @@ fn memory_of_every_size_is_told_to_the_guest() {
         }
         let (low, high) = memory_that_a_guest_sees(&format!("{mib}M"));
         // The first MiB holds what firmware would.
-        assert!(low <= mib.min(3072) * MIB && low > (mib.min(3072) - 1) * MIB, "{mib} MiB: {low} below 4 GiB");
+        assert!(
+            low <= mib.min(3072) * MIB && low > (mib.min(3072) - 1) * MIB,
+            "{mib} MiB: {low} below 4 GiB"
+        );
         assert_eq!(high, mib.saturating_sub(3072) * MIB, "{mib} MiB: above 4 GiB");
     }
 }
@@ -204,8 +211,10 @@ fn closed_streams_do_not_end_the_guest() {
         return;
     }
     let guest = tiny(&Program::new().send(0x20_0000, 20_000).exit_status(9).power_off());
-    for redirection in ["| true", "| head -c 10 >/dev/null", ">&-", "</dev/null >/dev/full", "<&- >/dev/null"] {
-        let line = format!("{{ \"$RVMM\" --kernel kernel --memory 16M; echo $? >code; }} 2>/dev/null {redirection}");
+    for redirection in ["| true", "| head -c 10 >/dev/null", ">&-", "</dev/null >/dev/full", "<&- >/dev/null"]
+    {
+        let line =
+            format!("{{ \"$RVMM\" --kernel kernel --memory 16M; echo $? >code; }} 2>/dev/null {redirection}");
         let seen = in_shell(&guest, &line);
         assert!(seen.contains("code=9"), "{redirection}: {seen}");
     }
@@ -236,7 +245,8 @@ fn input_that_is_longer_than_any_buffer_reaches_the_guest_whole() {
     fs::write(guest.path("input"), format!("{text}!")).expect("a file");
     // From a file, which epoll cannot watch, and from a pipe.
     for input in ["<input", "< <(cat input)"] {
-        let seen = in_shell(&guest, &format!("\"$RVMM\" --kernel kernel --memory 16M {input}; echo $? >code"));
+        let seen =
+            in_shell(&guest, &format!("\"$RVMM\" --kernel kernel --memory 16M {input}; echo $? >code"));
         assert!(seen.contains("code=0"), "{input}: {seen}");
         assert!(seen.starts_with(&text), "{input}: the guest did not see all of it: {} bytes", seen.len());
     }
@@ -309,7 +319,8 @@ fn configuration_file_makes_a_vm_and_flags_override_it() {
     }
     let guest = tiny(&hello());
     let toml = guest.path("vm.toml");
-    fs::write(&toml, format!("kernel = {:?}\nmemory = '16M'\nserial = 'none'\n", guest.kernel)).expect("a file");
+    fs::write(&toml, format!("kernel = {:?}\nmemory = '16M'\nserial = 'none'\n", guest.kernel))
+        .expect("a file");
     let silent = Monitor::new().arg("--config").arg(&toml).run();
     silent.exits(0).check(silent.bytes.is_empty(), "there is output");
     Monitor::new().arg("--config").arg(&toml).args(["--serial", "stdio"]).run().exits(0).shows("hello");
@@ -343,7 +354,11 @@ fn kernel_file_that_is_truncated_meanwhile_ends_the_vm_in_good_order() {
 
     let mut running = guest.monitor().start_with_input();
     running.expect("ready");
-    fs::OpenOptions::new().write(true).open(&guest.kernel).and_then(|file| file.set_len(0x1800)).expect("truncated");
+    fs::OpenOptions::new()
+        .write(true)
+        .open(&guest.kernel)
+        .and_then(|file| file.set_len(0x1800))
+        .expect("truncated");
     running.send("x");
     running.wait(PATIENCE).exits(123).says("truncated while the VM ran");
 }

@@ -8,9 +8,7 @@ use std::process::Command;
 use rvmm::boot::testing::Program;
 
 use crate::support::guest::kernel_file;
-use crate::support::{
-    Monitor, binary, can_unshare, directory, has_kvm, has_tool, image, is_root, tiny,
-};
+use crate::support::{Monitor, binary, can_unshare, directory, has_kvm, has_tool, image, is_root, tiny};
 
 fn power_off() -> Program {
     Program::new().power_off()
@@ -20,7 +18,8 @@ fn power_off() -> Program {
 fn help_names_options_examples_and_exit_codes() {
     let help = Monitor::new().arg("--help").run();
     help.exits(0);
-    for text in ["--kernel", "--rootfs", "--initrd", "--cmdline", "--cpus", "--memory", "--disk", "--config"] {
+    for text in ["--kernel", "--rootfs", "--initrd", "--cmdline", "--cpus", "--memory", "--disk", "--config"]
+    {
         help.shows(text);
     }
     help.shows("Examples:").shows("Exit codes:").shows("Ctrl-A x");

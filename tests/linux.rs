@@ -55,7 +55,8 @@ if [ -b /dev/vdd ]; then
 fi
 exit 42"#,
     );
-    let mut monitor = script.on(linux.monitor()).args(["--disk", &format!("{},id=data", path("data").display())]);
+    let mut monitor =
+        script.on(linux.monitor()).args(["--disk", &format!("{},id=data", path("data").display())]);
     if mounted.is_some() {
         monitor = monitor.args(["--disk", &full]);
     }

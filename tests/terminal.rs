@@ -74,10 +74,15 @@ impl Screen {
 
     /// Starts rvmm with the guest and waits for its greeting.
     fn start_rvmm(&self, options: &str) {
-        self.type_line(&format!("\"$RVMM\" --kernel kernel --memory 16M {options} & echo $! >pid; fg; echo code=$?"));
+        self.type_line(&format!(
+            "\"$RVMM\" --kernel kernel --memory 16M {options} & echo $! >pid; fg; echo code=$?"
+        ));
         self.expect("READY", PATIENCE);
         let while_running = self.settings_of_terminal();
-        assert!(while_running.contains("-icanon"), "the terminal is not raw while the guest runs: {while_running}");
+        assert!(
+            while_running.contains("-icanon"),
+            "the terminal is not raw while the guest runs: {while_running}"
+        );
     }
 
     fn settings_of_terminal(&self) -> String {
@@ -102,7 +107,12 @@ impl Screen {
         while !self.contents().contains("\nterminal=same") {
             if Instant::now() > deadline {
                 let read = |name| fs::read_to_string(self.guest.path(name)).unwrap_or_default();
-                panic!("before:\n{}\nafter:\n{}\nscreen:\n{}", read("before"), read("after"), self.contents());
+                panic!(
+                    "before:\n{}\nafter:\n{}\nscreen:\n{}",
+                    read("before"),
+                    read("after"),
+                    self.contents()
+                );
             }
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -152,7 +162,13 @@ fn ctrl_c_goes_to_the_guest() {
         return;
     }
     let screen = Screen::start(tiny(
-        &Program::new().listen().print("READY\r\n").echo_until(0x03).print("got it").exit_status(3).power_off(),
+        &Program::new()
+            .listen()
+            .print("READY\r\n")
+            .echo_until(0x03)
+            .print("got it")
+            .exit_status(3)
+            .power_off(),
     ));
     screen.start_rvmm("");
     screen.keys(&["C-c"]);

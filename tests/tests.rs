@@ -3,6 +3,7 @@
 //! What a test needs and does not find (KVM, a kernel, root, a tool) it names in a line `skipped: …`. `scripts/test`
 //! builds what is needed and runs everything twice: on this host, and what needs a complete KVM in `nested-host`.
 
+mod block;
 mod boot;
 mod cli;
 mod linux;
@@ -10,3 +11,4 @@ mod nested_host;
 mod support;
 mod terminal;
 mod tidy;
+mod vectors;

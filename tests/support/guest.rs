@@ -79,7 +79,8 @@ impl More for Program {
 
     fn send(self, addr: u32, len: u32) -> Self {
         // mov esi, addr; mov ecx, len; cld
-        let program = self.raw(&[0xbe]).raw(&addr.to_le_bytes()).raw(&[0xb9]).raw(&len.to_le_bytes()).raw(&[0xfc]);
+        let program =
+            self.raw(&[0xbe]).raw(&addr.to_le_bytes()).raw(&[0xb9]).raw(&len.to_le_bytes()).raw(&[0xfc]);
         // again: mov dx, 0x3fd; in al, dx; test al, 0x20; jz again; mov dx, 0x3f8; lodsb; out dx, al
         // dec ecx; jnz again
         program
@@ -133,21 +134,25 @@ impl Linux {
     /// `rvmm` with this guest's kernel and its root, read-only.
     pub fn monitor(&self) -> Monitor {
         let rootfs = format!("{},readonly", self.rootfs.display());
-        Monitor::new()
-            .arg("--kernel")
-            .arg(&self.kernel)
-            .args(["--rootfs", &rootfs, "--memory", "128M", "--shutdown-timeout", "120"])
+        Monitor::new().arg("--kernel").arg(&self.kernel).args([
+            "--rootfs",
+            &rootfs,
+            "--memory",
+            "128M",
+            "--shutdown-timeout",
+            "120",
+        ])
     }
 
     /// `rvmm` with this guest's kernel and a root of its own to write to, at `copy`.
     pub fn monitor_with_copy(&self, copy: &Path) -> Monitor {
         super::tool("cp", &["--sparse=always", self.rootfs.to_str().unwrap(), copy.to_str().unwrap()]);
-        Monitor::new()
-            .arg("--kernel")
-            .arg(&self.kernel)
-            .arg("--rootfs")
-            .arg(copy)
-            .args(["--memory", "128M", "--shutdown-timeout", "120"])
+        Monitor::new().arg("--kernel").arg(&self.kernel).arg("--rootfs").arg(copy).args([
+            "--memory",
+            "128M",
+            "--shutdown-timeout",
+            "120",
+        ])
     }
 }
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use rvmm::kvm::kind::{self, Kind};
 
-pub use guest::{Linux, Script, linux, tiny};
+pub use guest::{Script, linux, tiny};
 pub use monitor::{Monitor, Outcome, Running};
 
 /// How long anything may take that a healthy machine does at once. Only a hang should meet it: no test asserts a time.
@@ -77,7 +77,9 @@ pub fn has_fast_kvm() -> bool {
     match kvm_kind() {
         Some(Kind::Hardware | Kind::Nested) => true,
         Some(kind) => {
-            skip(&format!("needs hardware or nested KVM, and this is {kind}; scripts/test runs it in nested-host"));
+            skip(&format!(
+                "needs hardware or nested KVM, and this is {kind}; scripts/test runs it in nested-host"
+            ));
             false
         }
         None => has_kvm(),
