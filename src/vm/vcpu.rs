@@ -25,6 +25,10 @@ pub enum Failure {
     Stuck(String),
 }
 
+/// A vCPU thread's stack. Decoding an instruction takes more than 128 KiB of it in a build without optimisation; pages
+/// that are not touched cost nothing.
+const STACK_BYTES: usize = 1 << 20;
+
 /// How the guest asked KVM itself to be ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Turn {
@@ -72,14 +76,18 @@ pub fn spawn(
     mut emulator: Option<Emulator>,
     shared: Arc<VcpuShared>,
 ) -> std::io::Result<JoinHandle<()>> {
-    std::thread::Builder::new().name(format!("vcpu{}", vcpu.index())).stack_size(128 << 10).spawn(move || {
-        let result = catch_unwind(AssertUnwindSafe(|| run(&mut vcpu, emulator.as_mut(), &shared)));
-        match result {
-            Ok(Ok(())) => {}
-            Ok(Err(failure)) => shared.fail(failure),
-            Err(_) => shared.fail(Failure::Stuck("the vCPU thread panicked; this is a bug in rvmm".into())),
-        }
-    })
+    std::thread::Builder::new().name(format!("vcpu{}", vcpu.index())).stack_size(STACK_BYTES).spawn(
+        move || {
+            let result = catch_unwind(AssertUnwindSafe(|| run(&mut vcpu, emulator.as_mut(), &shared)));
+            match result {
+                Ok(Ok(())) => {}
+                Ok(Err(failure)) => shared.fail(failure),
+                Err(_) => {
+                    shared.fail(Failure::Stuck("the vCPU thread panicked; this is a bug in rvmm".into()))
+                }
+            }
+        },
+    )
 }
 
 fn run(vcpu: &mut Vcpu, mut emulator: Option<&mut Emulator>, shared: &VcpuShared) -> Result<(), Failure> {
