@@ -89,7 +89,7 @@ trap 'echo cleaned | dd of=/dev/vdc bs=512 conv=sync,fsync 2>/dev/null; echo cle
 echo guest is ready
 while :; do read -t 1 line; done </dev/ttyS0"#,
     );
-    let running = script.start(linux.monitor().arg("--disk").arg(&data));
+    let running = script.on(linux.monitor()).arg("--disk").arg(&data).start_quiet();
     running.expect_within("guest is ready", LINUX_PATIENCE);
     running.signal(Signal::SIGTERM);
     running.wait(LINUX_PATIENCE).exits(0).shows("cleaned up");

@@ -7,7 +7,7 @@ use std::time::Duration;
 use rvmm::boot::testing::Program;
 use rvmm::kvm::kind::Kind;
 
-use super::{LINUX_PATIENCE, Monitor, Outcome, Running, directory, has_kvm, kvm_kind, project, skip};
+use super::{LINUX_PATIENCE, Monitor, Outcome, directory, has_kvm, kvm_kind, project, skip};
 
 /// A tiny guest in a file, and the monitor to boot it.
 pub struct Tiny {
@@ -187,10 +187,5 @@ impl Script {
     /// Runs it to the end of the guest, which works for as long as `work`.
     pub fn run_long(&self, monitor: Monitor, work: Duration) -> Outcome {
         self.on(monitor).run_within(LINUX_PATIENCE + work)
-    }
-
-    /// Starts it.
-    pub fn start(&self, monitor: Monitor) -> Running {
-        self.on(monitor).start_quiet()
     }
 }

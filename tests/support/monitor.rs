@@ -163,7 +163,7 @@ impl Running {
     /// Waits until the guest has printed `text`, within `patience`.
     pub fn expect_within(&self, text: &str, patience: Duration) {
         if !self.stdout.wait_for(text, patience) {
-            panic!("{text:?} did not come within {patience:?}\n{}", self.story());
+            panic!("{text:?} did not come before the end or within {patience:?}\n{}", self.story());
         }
     }
 
