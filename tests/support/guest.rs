@@ -50,8 +50,9 @@ pub trait More {
     fn echo_until(self, last: u8) -> Self;
     /// Sends `len` bytes of memory at `addr` to the serial port by one string instruction: no more than its buffer.
     fn dump(self, addr: u32, len: u32) -> Self;
-    /// Sends `len` bytes of memory at `addr` to the serial port, and waits for its transmitter before each.
-    fn send(self, addr: u32, len: u32) -> Self;
+    /// Sends `bursts` times 16 bytes of memory from `addr` on, and waits for the transmitter before each burst, as the
+    /// drivers of a UART with a FIFO do.
+    fn send(self, addr: u32, bursts: u32) -> Self;
     /// Reads a byte of memory.
     fn touch(self, addr: u32) -> Self;
 }
@@ -77,15 +78,15 @@ impl More for Program {
         self.raw(&[0xbe]).raw(&addr).raw(&[0xb9]).raw(&len).raw(&[0x66, 0xba, 0xf8, 0x03, 0xfc, 0xf3, 0x6e])
     }
 
-    fn send(self, addr: u32, len: u32) -> Self {
-        // mov esi, addr; mov ecx, len; cld
+    fn send(self, addr: u32, bursts: u32) -> Self {
+        // mov esi, addr; mov ebx, bursts; cld
         let program =
-            self.raw(&[0xbe]).raw(&addr.to_le_bytes()).raw(&[0xb9]).raw(&len.to_le_bytes()).raw(&[0xfc]);
-        // again: mov dx, 0x3fd; in al, dx; test al, 0x20; jz again; mov dx, 0x3f8; lodsb; out dx, al
-        // dec ecx; jnz again
+            self.raw(&[0xbe]).raw(&addr.to_le_bytes()).raw(&[0xbb]).raw(&bursts.to_le_bytes()).raw(&[0xfc]);
+        // again: mov dx, 0x3fd; in al, dx; test al, 0x20; jz again; mov dx, 0x3f8; mov ecx, 16; rep outsb
+        // dec ebx; jnz again
         program
-            .raw(&[0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x20, 0x74, 0xf7, 0x66, 0xba, 0xf8, 0x03, 0xac, 0xee])
-            .raw(&[0xff, 0xc9, 0x75, 0xed])
+            .raw(&[0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x20, 0x74, 0xf7, 0x66, 0xba, 0xf8, 0x03])
+            .raw(&[0xb9, 16, 0, 0, 0, 0xf3, 0x6e, 0xff, 0xcb, 0x75, 0xe8])
     }
 
     fn touch(self, addr: u32) -> Self {

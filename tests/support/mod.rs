@@ -14,7 +14,7 @@ use std::time::Duration;
 use rvmm::kvm::kind::{self, Kind};
 
 pub use guest::{Script, linux, tiny};
-pub use monitor::{Monitor, Outcome, Running};
+pub use monitor::{Monitor, Outcome};
 
 /// How long anything may take that a healthy machine does at once. Only a hang should meet it: no test asserts a time.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -23,7 +23,8 @@ pub const LINUX_PATIENCE: Duration = Duration::from_secs(300);
 
 /// Writes past the test harness's capture, so that it is seen although the test passes.
 pub fn announce(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
+    // In one piece, so that lines of other threads do not come between.
+    let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
 }
 
 /// Says that the running test is skipped. `scripts/test` counts these lines.
