@@ -15,6 +15,8 @@ use crate::legacy::{Serial, SerialSink};
 
 /// Output that waits for a slow reader at most, in bytes.
 const CAPACITY: usize = 64 << 10;
+/// What a guest may send at once after it has seen room: the FIFO of the UART, in bytes.
+const BURST: usize = 16;
 /// How long output may stand still at the end before it is given up.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -40,7 +42,7 @@ pub struct ConsoleOutput {
 impl SerialSink for ConsoleOutput {
     fn put(&self, byte: u8) -> bool {
         let mut waiting = self.lock();
-        if waiting.bytes.len() >= CAPACITY || waiting.closed {
+        if waiting.bytes.len() >= CAPACITY + BURST || waiting.closed {
             self.was_full.store(true, Ordering::Release);
             return waiting.closed;
         }
@@ -256,5 +258,21 @@ impl ConsoleInput {
             (true, byte) => self.waiting.extend([ESCAPE, byte]),
         }
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn burst_of_a_fifo_fits_whenever_there_is_room() {
+        let output = ConsoleOutput::default();
+        (0..CAPACITY - 1).for_each(|_| assert!(output.put(0)));
+        assert!(output.has_room());
+        (0..BURST).for_each(|_| assert!(output.put(0)));
+        assert!(!output.has_room());
+        let sent = (0..CAPACITY).take_while(|_| output.put(0)).count();
+        assert!(sent <= BURST, "{sent} bytes more were taken");
     }
 }
