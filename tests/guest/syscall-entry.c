@@ -109,6 +109,8 @@ static void read_entries(void)
 	if (!f)
 		return;
 	while (fgets(line, sizeof line, f)) {
+		if (strstr(line, "__entry_text_end")) /* all entries lie before it */
+			break;
 		if (!strstr(line, "entry_SYS") && !strstr(line, "ignore_sysret"))
 			continue;
 		if (sscanf(line, "%lx %c %127s", &address, &type, name) != 3)
@@ -359,6 +361,19 @@ static void check_compat(const char *name, void (*body)(void))
 		printf("syscall-entry: %s: %s\n", name, WIFSIGNALED(status) ? "killed" : "nothing gained");
 }
 
+/* Bit 7 of the taint flags: the kernel has oopsed. */
+static int oopsed(void)
+{
+	FILE *f = fopen("/proc/sys/kernel/tainted", "re");
+	unsigned long taint = 0;
+
+	if (!f || fscanf(f, "%lu", &taint) != 1)
+		taint = 0;
+	if (f)
+		fclose(f);
+	return taint >> 7 & 1;
+}
+
 int main(int argc, char **argv)
 {
 	static char alternate[65536];
@@ -385,6 +400,7 @@ int main(int argc, char **argv)
 		return 2;
 	}
 
+	int before = oopsed();
 	hostile_flags();
 	hostile_return();
 	other_addresses();
@@ -398,6 +414,8 @@ int main(int argc, char **argv)
 	check_compat("32-bit INT 0x80", compat_int80);
 	alias(0x05);
 	alias(0x34);
+	if (oopsed() && !before)
+		fail("an oops: kernel mode was entered where it must not be", 0);
 	if (syscall(SYS_getpid) != getpid())
 		fail("a broken kernel", 0);
 	printf("syscall-entry: %s\n", failures ? "FAILED" : "passed");
