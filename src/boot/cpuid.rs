@@ -88,6 +88,17 @@ pub fn build(supported: &[kvm_cpuid_entry2], vcpu: Vcpu, patches: &[CpuidPatch])
     table
 }
 
+/// Patches that give leaf 0 another vendor, told by EBX, ECX and EDX.
+pub fn vendor([ebx, ecx, edx]: [u32; 3]) -> [CpuidPatch; 3] {
+    [(Register::Ebx, ebx), (Register::Ecx, ecx), (Register::Edx, edx)].map(|(register, set)| CpuidPatch {
+        leaf: 0,
+        subleaf: None,
+        register,
+        clear: !0,
+        set,
+    })
+}
+
 /// The XCR0 that enables every state component that `table` offers, or `None` without XSAVE.
 ///
 /// A guest sets XCR0 itself. On a host that is emulated in software KVM may not see that, and starting the vCPU with
@@ -302,6 +313,17 @@ mod tests {
         assert_eq!(xcr0(&[entry(0xd, 1, [0xf, 0, 0, 0])]), None);
         assert_eq!(xcr0(&[entry(0xd, 0, [0, 0, 0, 0])]), None);
         assert_eq!(xcr0(&[entry(0xd, 0, [0x207, 0, 0, 1])]), Some(0x1_0000_0207));
+    }
+
+    #[test]
+    fn another_vendor_changes_leaf_0_alone() {
+        let vcpu = Vcpu { index: 0, count: 1, tsc_deadline: false, tsc_khz: None };
+        let as_amd = build(&host(AMD), vcpu, &[]);
+        let as_intel = build(&host(AMD), vcpu, &vendor(INTEL));
+        let [_, ebx, ecx, edx] = leaf(&as_intel, 0, 0);
+        assert_eq!([ebx, ecx, edx], INTEL);
+        let rest = |table: &[kvm_cpuid_entry2]| table.iter().filter(|e| e.function != 0).copied().collect::<Vec<_>>();
+        assert_eq!(rest(&as_amd), rest(&as_intel));
     }
 
     #[test]

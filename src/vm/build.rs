@@ -174,9 +174,11 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
 
     let supported = kvm.supported_cpuid()?;
     let mut vcpus = Vec::with_capacity(config.cpus as usize);
+    // Not one of the quirks that help, which may be turned off: without it guest users could become guest kernel.
+    let patches = if kind == Kind::Pvm { boot::cpuid::vendor(kvm::pvm::VENDOR).to_vec() } else { Vec::new() };
     for index in 0..config.cpus {
         let vcpu = vm.create_vcpu(index)?;
-        prepare_vcpu(&vcpu, &supported, &loaded, config.cpus, kvm.has_tsc_deadline())?;
+        prepare_vcpu(&vcpu, &supported, &loaded, config.cpus, kvm.has_tsc_deadline(), &patches)?;
         let emulator = quirks.then(Emulator::new);
         vcpus.push((vcpu, emulator));
     }
@@ -330,10 +332,11 @@ fn prepare_vcpu(
     loaded: &boot::Loaded,
     cpus: u32,
     tsc_deadline: bool,
+    patches: &[boot::cpuid::CpuidPatch],
 ) -> Result<(), Error> {
     let place =
         boot::cpuid::Vcpu { index: vcpu.index() as u8, count: cpus as u8, tsc_deadline, tsc_khz: None };
-    let entries = boot::cpuid::build(supported.as_slice(), place, &[]);
+    let entries = boot::cpuid::build(supported.as_slice(), place, patches);
     vcpu.set_cpuid(&CpuId::from_entries(&entries).map_err(|_| Error::TooManyEntries(entries.len()))?)?;
     let msrs = boot::registers::msrs();
     vcpu.set_msrs(&Msrs::from_entries(&msrs).map_err(|_| Error::TooManyEntries(msrs.len()))?)?;

@@ -30,6 +30,12 @@ const MAX_INSTRUCTION_BYTES: usize = 15;
 
 const INVALID_OPCODE: u8 = 6;
 
+/// EBX, ECX, EDX of CPUID leaf 0 for guests on PVM hosts: "GenuineIntel", whatever the processor is.
+///
+/// KVM's emulator carries out SYSCALL from 32-bit user code only for processors of AMD, and gets it wrong: it enters
+/// kernel mode at the low half of the entry's address, where user code can put what it likes. For others it raises #UD.
+pub const VENDOR: [u32; 3] = [0x756e_6547, 0x6c65_746e, 0x4965_6e69];
+
 /// `KVM_VCPUEVENT_VALID_*`: what of the events is taken over when they are set. The exception always is.
 const ONLY_EXCEPTION: u32 = 0;
 
