@@ -4,7 +4,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::support::guest::linux_for_tests;
-use crate::support::{LINUX_PATIENCE, Script, directory, has_fast_kvm, has_tool, image, linux, tool};
+use crate::support::{
+    LINUX_PATIENCE, PATIENCE, Script, announce, directory, has_fast_kvm, has_tool, image, linux, tool,
+};
 
 const MIB: u64 = 1 << 20;
 /// What a write load needs on top of a boot.
@@ -194,4 +196,43 @@ ls /sys/bus/acpi/devices | grep -q LNRO0005; report acpi $?"#,
         outcome.exits(0).shows("cloud-amd64").reports("processors", cpus).reports("root", "/dev/vda ext4");
         outcome.reports("told", "1").reports("acpi", "0");
     }
+}
+
+#[test]
+#[ignore = "long: scripts/test --long runs it"]
+fn killed_monitor_leaves_a_file_system_that_its_journal_mends() {
+    const ROUNDS: u32 = 20;
+    if !has_fast_kvm() || !has_tool("e2fsck") || !has_tool("mkfs.ext4") {
+        return;
+    }
+    let Some(linux) = linux() else { return };
+    let directory = directory();
+    let path = directory.path().join("data");
+    image(&path, 96 * MIB);
+    tool("mkfs.ext4", &["-qF", path.to_str().unwrap()]);
+    let script = Script::new(
+        r#"
+mount -t ext4 /dev/vdc /mnt || exit 1
+n=0
+echo writing
+while :; do
+    n=$((n + 1))
+    dd if=/dev/urandom of=/mnt/file-$((n % 40)) bs=16k count=$((n % 7 + 1)) 2>/dev/null
+    [ $((n % 5)) = 0 ] && rm -f /mnt/file-$((n * 7 % 40)) && sync
+done"#,
+    );
+    for round in 0..ROUNDS {
+        let running = script.on(linux.monitor()).args(["--disk", &disk(&path, "")]).start_quiet();
+        running.expect_within("writing", LINUX_PATIENCE);
+        // A moment that differs from round to round and from run to run.
+        let nanos = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.subsec_nanos());
+        std::thread::sleep(Duration::from_millis(u64::from(nanos % 3000)));
+        running.signal(nix::sys::signal::Signal::SIGKILL);
+        running.wait(PATIENCE);
+        // 1: mended by replaying the journal, as after any sudden end.
+        let status = std::process::Command::new("e2fsck").arg("-p").arg(&path).status().expect("e2fsck");
+        assert!(matches!(status.code(), Some(0 | 1)), "round {round}: e2fsck -p ends with {status}");
+        is_clean(&path);
+    }
+    announce(&format!("figure: {ROUNDS} of {ROUNDS} kills left a file system that its journal mends"));
 }

@@ -6,7 +6,8 @@ use std::fs;
 use nix::sys::signal::Signal;
 
 use crate::support::{
-    LINUX_PATIENCE, Monitor, Script, directory, has_fast_kvm, image, is_root, linux, skip, tool,
+    LINUX_PATIENCE, Monitor, Script, announce, directory, has_fast_kvm, image, is_root, kvm_kind, linux,
+    skip, tool,
 };
 
 /// Unmounts when it is dropped, so that a failed test leaves nothing.
@@ -218,4 +219,17 @@ fn sixteen_mib_of_memory_do_not_take_the_monitor_down() {
     let outcome = outcome.run_within(LINUX_PATIENCE);
     let code = outcome.status.code();
     outcome.check(matches!(code, Some(0 | 120..=122 | 125)), "not an end in good order");
+}
+
+#[test]
+#[ignore = "long: scripts/test --long runs it"]
+fn fifty_boots_of_fifty_succeed() {
+    let Some(linux) = linux() else { return };
+    let start = std::time::Instant::now();
+    for _ in 0..50 {
+        let monitor = linux.monitor().args(["--cmdline", "quiet rvmm.exec=\"echo booted; exit 3\""]);
+        monitor.run_within(LINUX_PATIENCE).exits(3).shows("booted");
+    }
+    let kind = kvm_kind().map_or_else(String::new, |kind| kind.to_string());
+    announce(&format!("figure: {kind}: 50 of 50 boots, {:.1} s each", start.elapsed().as_secs_f64() / 50.0));
 }
