@@ -17,8 +17,11 @@ logged() {
     shift 2
     mkdir -p "$(dirname "$log")"
     say "$label"
-    "$@" >"$log" 2>&1 </dev/null &
+    # Descriptor 9 may hold a lock, which must not outlive this script.
+    "$@" >"$log" 2>&1 </dev/null 9>&- &
     child=$!
+    # A background job of a script is deaf to Ctrl-C.
+    trap 'kill "$child" 2>/dev/null; exit 130' INT TERM
     if [ -t 2 ]; then
         while kill -0 "$child" 2>/dev/null; do
             printf '\r%s: %s (%d s) ' "$name" "$label" $((SECONDS - start)) >&2
@@ -27,6 +30,7 @@ logged() {
         printf '\r\033[K' >&2
     fi
     wait "$child" || status=$?
+    trap - INT TERM
     if [ "$status" != 0 ]; then
         tail -n 30 "$log" >&2
         die "$label: failed after $((SECONDS - start)) s; the whole log is $log"
