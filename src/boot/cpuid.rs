@@ -322,7 +322,9 @@ mod tests {
         let as_intel = build(&host(AMD), vcpu, &vendor(INTEL));
         let [_, ebx, ecx, edx] = leaf(&as_intel, 0, 0);
         assert_eq!([ebx, ecx, edx], INTEL);
-        let rest = |table: &[kvm_cpuid_entry2]| table.iter().filter(|e| e.function != 0).copied().collect::<Vec<_>>();
+        let rest = |table: &[kvm_cpuid_entry2]| {
+            table.iter().filter(|e| e.function != 0).copied().collect::<Vec<_>>()
+        };
         assert_eq!(rest(&as_amd), rest(&as_intel));
     }
 
