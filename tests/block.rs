@@ -45,7 +45,9 @@ report queues $(ls /sys/block/vdc/mq | wc -l)
 dmesg | grep -i 'i/o error\|vdc.*error'
 report quiet $?"#,
     );
-    let monitor = script.on(linux.monitor().args(["--cpus", cpus])).args(["--disk", &disk(&path, options)]);
+    let monitor = script
+        .on(linux.monitor_with_memory("256M").args(["--cpus", cpus]))
+        .args(["--disk", &disk(&path, options)]);
     let outcome = monitor.run_within(LINUX_PATIENCE + WORK);
     outcome.exits(0).reports("random", "0").reports("trim", "0").reports("again", "0").reports("quiet", "1");
     outcome.reports("queues", cpus);

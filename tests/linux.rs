@@ -200,7 +200,7 @@ fn processors_and_memory_are_what_was_asked_for() {
             skip(&format!("{mib} MiB of memory: this host has {host_mib}"));
             continue;
         }
-        let monitor = linux.monitor().args(["--cpus", cpus, "--memory", &format!("{mib}M")]);
+        let monitor = linux.monitor_with_memory(&format!("{mib}M")).args(["--cpus", cpus]);
         let outcome = Script::new(script).run(monitor);
         outcome.exits(0).reports("processors", cpus).reports("cores", cpus);
         let memory: u64 = outcome.value("memory").parse().expect("a number");
@@ -215,7 +215,7 @@ fn sixteen_mib_of_memory_do_not_take_the_monitor_down() {
     }
     let Some(linux) = linux() else { return };
     // Too little for this kernel to reach its first process, perhaps: but an end in good order.
-    let outcome = linux.monitor().args(["--memory", "16M", "--cmdline", "quiet rvmm.exec=true"]);
+    let outcome = linux.monitor_with_memory("16M").args(["--cmdline", "quiet rvmm.exec=true"]);
     let outcome = outcome.run_within(LINUX_PATIENCE);
     let code = outcome.status.code();
     outcome.check(matches!(code, Some(0 | 120..=122 | 125)), "not an end in good order");

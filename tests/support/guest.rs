@@ -132,8 +132,13 @@ fn with_rootfs(variable: &str, default: &str, made_by: &str) -> Option<Linux> {
 }
 
 impl Linux {
-    /// `rvmm` with this guest's kernel and its root, read-only.
+    /// `rvmm` with this guest's kernel, its root, read-only, and 128 MiB of memory.
     pub fn monitor(&self) -> Monitor {
+        self.monitor_with_memory("128M")
+    }
+
+    /// `rvmm` with this guest's kernel, its root, read-only, and this much memory.
+    pub fn monitor_with_memory(&self, memory: &str) -> Monitor {
         let rootfs = format!("{},readonly", self.rootfs.display());
         Monitor::new().arg("--kernel").arg(&self.kernel).args([
             "--rootfs",
@@ -163,10 +168,11 @@ pub struct Script {
 }
 
 impl Script {
-    /// A script in which `report NAME VALUE` hands a value to the test.
+    /// A script in which `report NAME VALUE` hands a value to the test. The kernel prints only what it dies of, so that
+    /// its messages do not come between.
     pub fn new(text: &str) -> Script {
         let directory = directory();
-        let mut text = format!("report() {{ echo; echo \"$1=$2\"; }}\n{text}\nexit\n");
+        let mut text = format!("dmesg -n 1; report() {{ echo; echo \"$1=$2\"; }}\n{text}\nexit\n");
         while text.len() % 512 != 0 {
             text.push('\n');
         }
