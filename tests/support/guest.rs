@@ -144,7 +144,7 @@ impl Linux {
             "--rootfs",
             &rootfs,
             "--memory",
-            "128M",
+            memory,
             "--shutdown-timeout",
             "120",
         ])
