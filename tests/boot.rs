@@ -201,9 +201,22 @@ fn long_output_comes_whole_to_a_slow_reader() {
     // More than a pipe holds.
     const BURSTS: u32 = 4_500;
     let guest = tiny(&Program::new().print("x").send(0x20_0000, BURSTS).power_off());
-    let line = "{ \"$RVMM\" --kernel kernel --memory 16M; echo $? >code; } | { sleep 2; head -c 1000; sleep 1; cat; } | wc -c";
+    let line = "{ \"$RVMM\" --kernel kernel --memory 16M; echo $? >code; } | { sleep 3; head -c 1000; sleep 3; cat; } | wc -c";
     let seen = in_shell(&guest, line);
     assert!(seen.contains("code=0") && seen.starts_with(&format!("{}\n", 1 + 16 * BURSTS)), "{seen}");
+}
+
+#[test]
+fn signal_ends_the_wait_for_a_reader_that_takes_nothing() {
+    if !has_kvm() {
+        return;
+    }
+    let guest = tiny(&Program::new().print("x").send(0x20_0000, 4_500).power_off());
+    let line =
+        "{ timeout 5 \"$RVMM\" --kernel kernel --memory 16M; echo $? >code; } | { sleep 7; cat; } | wc -c";
+    let seen = in_shell(&guest, line);
+    // 124: timeout(1) had to send its signal.
+    assert!(seen.contains("code=124"), "{seen}");
 }
 
 #[test]

@@ -19,6 +19,17 @@ impl Drop for Mounted {
     }
 }
 
+/// The last lines of a command are in the terminal's buffers when it ends, and must not be lost with it.
+#[test]
+fn output_of_a_command_comes_whole() {
+    let Some(linux) = linux() else { return };
+    let outcome =
+        linux.monitor().args(["--cmdline", "quiet rvmm.exec=\"seq 1001 2000\""]).run_within(LINUX_PATIENCE);
+    outcome.exits(0);
+    let seen = outcome.stdout.lines().filter(|line| line.len() == 4 && line.parse::<u32>().is_ok()).count();
+    outcome.check(seen == 1000, &format!("{seen} of 1000 lines came"));
+}
+
 #[test]
 fn guest_works_on_its_disks_and_reports_its_status() {
     let Some(linux) = linux() else { return };

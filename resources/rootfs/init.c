@@ -166,7 +166,11 @@ static void read_cmdline(void)
 	close(fd);
 }
 
-/* /dev/console cannot be a controlling terminal; the device behind it can. */
+/*
+ * /dev/console cannot be a controlling terminal; the device behind it can. It is
+ * init's, not the command's: when a session's leader ends, the kernel hangs its
+ * terminal up and throws away what was not sent yet.
+ */
 static void own_terminal(void)
 {
 	unsigned int device = 0;
@@ -204,8 +208,9 @@ static pid_t start(char *const argv[])
 	if (pid == 0) {
 		sigset_t none;
 		sigemptyset(&none);
+		setpgid(0, 0);
+		tcsetpgrp(0, getpid()); /* SIGTTOU is still blocked */
 		sigprocmask(SIG_SETMASK, &none, NULL);
-		own_terminal();
 		execve("/bin/sh", argv, environment);
 		_exit(127);
 	}
@@ -275,6 +280,7 @@ static _Noreturn void stop(int how)
 {
 	end_processes();
 	sync();
+	tcdrain(0);
 	/* Read-only leaves the file system clean; busy is no harm after sync. */
 	mount(NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL);
 	/* A kernel without a power switch would only halt; the monitor has one. */
@@ -300,7 +306,9 @@ int main(void)
 	sigaddset(&set, SIGUSR1);
 	sigaddset(&set, SIGUSR2);
 	sigaddset(&set, SIGPWR);
-	sigprocmask(SIG_BLOCK, &set, NULL);
+	sigset_t blocked = set;
+	sigaddset(&blocked, SIGTTOU); /* the terminal serves the command's process group */
+	sigprocmask(SIG_BLOCK, &blocked, NULL);
 
 	mount_or_say("proc", "/proc", NULL);
 	read_cmdline();
@@ -313,6 +321,7 @@ int main(void)
 	mount_or_say("tmpfs", "/run", "mode=0755");
 	mount_or_say("tmpfs", "/tmp", "mode=1777");
 	loopback_up();
+	own_terminal();
 
 	char *command = parameter("rvmm.exec");
 	char *run[] = { "sh", "-c", command, NULL };

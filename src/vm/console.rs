@@ -10,6 +10,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::signalfd::SignalFd;
 
 use crate::legacy::{Serial, SerialSink};
 
@@ -17,7 +19,7 @@ use crate::legacy::{Serial, SerialSink};
 const CAPACITY: usize = 64 << 10;
 /// What a guest may send at once after it has seen room: the FIFO of the UART, in bytes.
 const BURST: usize = 16;
-/// How long output may stand still at the end before it is given up.
+/// How long output may stand still at the end before it is given up, where the user wants the end.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Default)]
@@ -106,33 +108,61 @@ impl SerialSink for NoOutput {
 pub struct ConsoleWriter {
     output: Arc<ConsoleOutput>,
     thread: JoinHandle<()>,
+    finished: Arc<EventFd>,
+}
+
+/// Until when [`ConsoleWriter::finish`] waits for a reader that takes nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drain {
+    /// Until a signal comes: a pager may show the first page for an hour.
+    Whole,
+    /// For two seconds, since somebody asked for the end.
+    Brief,
 }
 
 impl ConsoleWriter {
     /// Starts writing what `serial` sends to `output` into `target`.
     pub fn start(output: Arc<ConsoleOutput>, serial: Arc<Serial>, target: File) -> io::Result<ConsoleWriter> {
         let source = output.clone();
-        let thread = std::thread::Builder::new()
-            .name("console".into())
-            .stack_size(64 << 10)
-            .spawn(move || write_out(&source, &serial, target))?;
-        Ok(ConsoleWriter { output, thread })
+        let finished = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
+        let tell = finished.clone();
+        let thread =
+            std::thread::Builder::new().name("console".into()).stack_size(64 << 10).spawn(move || {
+                write_out(&source, &serial, target);
+                // Only an overflow could fail.
+                let _ = tell.write(1);
+            })?;
+        Ok(ConsoleWriter { output, thread, finished })
     }
 
-    /// Writes out what is left, as long as the reader takes it.
-    pub fn finish(self) {
+    /// Writes out what is left. Returns the signal on whose arrival at `signals` it was given up, if one came.
+    pub fn finish(self, drain: Drain, signals: &SignalFd) -> Option<i32> {
         self.output.close();
         let mut last = (self.output.written.load(Ordering::Acquire), Instant::now());
-        while !self.thread.is_finished() && last.1.elapsed() < DRAIN_PATIENCE {
-            std::thread::sleep(Duration::from_millis(1));
+        loop {
+            let mut fds = [
+                PollFd::new(self.finished.as_fd(), PollFlags::POLLIN),
+                PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+            ];
+            let timeout = match drain {
+                Drain::Whole => PollTimeout::NONE,
+                Drain::Brief => PollTimeout::from(50u16),
+            };
+            let _ = poll(&mut fds, timeout);
+            if self.finished.read().is_ok() {
+                // The thread cannot have panicked on anything that the drain still needs.
+                let _ = self.thread.join();
+                return None;
+            }
+            if let Ok(Some(info)) = signals.read_signal() {
+                return Some(info.ssi_signo as i32);
+            }
             let written = self.output.written.load(Ordering::Acquire);
             if written != last.0 {
                 last = (written, Instant::now());
+            } else if drain == Drain::Brief && last.1.elapsed() >= DRAIN_PATIENCE {
+                return None;
             }
-        }
-        if self.thread.is_finished() {
-            // The thread cannot have panicked on anything that the drain still needs.
-            let _ = self.thread.join();
         }
     }
 }

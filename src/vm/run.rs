@@ -13,7 +13,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::console::{ConsoleInput, ConsoleWriter, InputState};
+use super::console::{ConsoleInput, ConsoleWriter, Drain, InputState};
 use super::timeline::Timeline;
 use super::vcpu::{self, Failure, VcpuShared};
 use super::{End, Ended, Vm};
@@ -241,14 +241,35 @@ impl MutEventSubscriber for MainLoop {
     }
 }
 
+/// The signals that ask for the end.
+const ENDING: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+/// The signals of a shell's job control.
+const JOB_CONTROL: [Signal; 2] = [Signal::SIGTSTP, Signal::SIGCONT];
+
+/// A descriptor from which `signals` are read, which must be blocked.
+fn read_signals(signals: &SigSet) -> Result<SignalFd, nix::Error> {
+    SignalFd::with_flags(signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+}
+
 /// Blocks the signals that the main loop reads from a descriptor, in this thread and all that it starts.
 fn take_signals() -> Result<SignalFd, nix::Error> {
-    let mut set = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGTSTP, Signal::SIGCONT] {
-        set.add(signal);
-    }
+    let set = ENDING.into_iter().chain(JOB_CONTROL).collect();
     sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), None)?;
-    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+    read_signals(&set)
+}
+
+/// Writes out what the console still holds. A guest that ended by itself is not told from one whose reader is slow,
+/// so only a signal ends the wait, and then the VM counts as killed by it.
+fn drain(writer: ConsoleWriter, end: End) -> Result<End, Error> {
+    // The terminal is as before, and so are Ctrl-Z and its like.
+    sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&JOB_CONTROL.into_iter().collect()), None)
+        .map_err(Error::Signals)?;
+    let signals = read_signals(&ENDING.into_iter().collect()).map_err(Error::Signals)?;
+    let patience = match end {
+        End::Killed { .. } | End::Quit => Drain::Brief,
+        _ => Drain::Whole,
+    };
+    Ok(writer.finish(patience, &signals).map_or(end, |signal| End::Killed { signal }))
 }
 
 /// Runs a VM until it ends.
@@ -304,9 +325,10 @@ pub fn run(vm: Vm, timeline: &mut Timeline) -> Result<Ended, Error> {
     };
     let result = serve(main_loop);
     stop(&vm, threads);
-    if let Some(writer) = writer {
-        writer.finish();
-    }
+    let end = match writer {
+        Some(writer) => drain(writer, result?)?,
+        None => result?,
+    };
     for mark in vm.devices.guest_event.marks() {
         let name = match mark.value {
             value if value == BootMark::FirstProcess as u8 => "first process".to_owned(),
@@ -317,7 +339,7 @@ pub fn run(vm: Vm, timeline: &mut Timeline) -> Result<Ended, Error> {
         timeline.mark_at(&name, mark.at, mark.cpu);
     }
     timeline.mark("ended");
-    Ok(Ended { end: result?, exit_status: vm.devices.guest_event.exit_status() })
+    Ok(Ended { end, exit_status: vm.devices.guest_event.exit_status() })
 }
 
 /// Runs the event loop until it knows how the VM ends.
