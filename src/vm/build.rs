@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{self, SerialConfig, VmConfig};
 use super::console::{ConsoleOutput, NoOutput};
+use super::devices;
 use super::kernel;
 use super::timeline::Timeline;
 use super::vcpu::VcpuShared;
@@ -29,13 +30,9 @@ use crate::platform::{
     self, COM1, COM1_GSI, GUEST_EVENT, I8042 as I8042_PORTS, I8042_GSI, MmioSlot, POWER, POWER_GSI, PVPANIC,
     Ports, VIRTIO_MMIO_SIZE,
 };
-use crate::virtio::block::{Block, BlockOptions};
 use crate::virtio::mmio::Transport;
 use crate::virtio::spec::register;
-use crate::{boot, disk, virtio};
-
-/// Queues of a disk that says nothing of them, at most.
-const DEFAULT_DISK_QUEUES: u32 = 4;
+use crate::{boot, virtio};
 
 /// Why a VM could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -74,9 +71,9 @@ pub enum Error {
     /// The command line.
     #[error(transparent)]
     Cmdline(#[from] CmdlineError),
-    /// A disk image.
+    /// A device's files.
     #[error(transparent)]
-    Disk(#[from] disk::Error),
+    Device(#[from] devices::Error),
     /// A virtio device.
     #[error(transparent)]
     Virtio(#[from] virtio::mmio::Error),
@@ -106,7 +103,7 @@ pub enum Error {
 /// Builds the machine that `config` describes.
 pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
     config.validate(host_memory_bytes())?;
-    let disks = open_disks(config)?;
+    let devices = devices::open(config)?;
     let kvm = Kvm::open()?;
     let kind = kind::detect(kvm.fd());
     let quirks = kind == Kind::Pvm && config.host_quirks;
@@ -125,7 +122,7 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
     timeline.mark("memory mapped");
 
     // Before KVM knows of the memory, so that it need not be told of the mappings that the kernel replaces.
-    let slots: Vec<MmioSlot> = (0..disks.len()).filter_map(platform::mmio_slot).collect();
+    let slots: Vec<MmioSlot> = (0..devices.len()).filter_map(platform::mmio_slot).collect();
     let loaded = load_kernel(config, &kernel_path, &ram, &slots, quirks)?;
     timeline.mark("kernel loaded");
 
@@ -160,9 +157,8 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
     at(GUEST_EVENT, guest_event.clone())?;
 
     let mut mmio = Bus::default();
-    let mut transports = Vec::with_capacity(disks.len());
-    for (disk, slot) in disks.into_iter().zip(&slots) {
-        let device = Box::new(Block::new(disk.image, &disk.options));
+    let mut transports = Vec::with_capacity(devices.len());
+    for (device, slot) in devices.into_iter().zip(&slots) {
         let transport = Arc::new(Transport::new(ram.clone(), device, irq(slot.gsi)?)?);
         for (queue, event) in (0..).zip(transport.queue_events()) {
             vm.register_ioeventfd(event, slot.addr + register::QUEUE_NOTIFY, queue)?;
@@ -231,29 +227,6 @@ fn kernel_path(config: &VmConfig, kind: Kind) -> Result<PathBuf, Error> {
     })?;
     tracing::info!("guest kernel: {}", path.display());
     Ok(path)
-}
-
-/// A disk that is open and locked.
-struct OpenDisk {
-    image: disk::Image,
-    options: BlockOptions,
-}
-
-fn open_disks(config: &VmConfig) -> Result<Vec<OpenDisk>, Error> {
-    let open = |(index, disk): (usize, &config::Disk)| {
-        let options = disk::Options { read_only: disk.readonly, cache: disk.cache, io: disk.io };
-        let image = disk::open(&disk.path, &options)?;
-        let queues = disk.queues.unwrap_or(config.cpus.min(DEFAULT_DISK_QUEUES) as u16);
-        Ok(OpenDisk {
-            image,
-            options: BlockOptions {
-                serial: VmConfig::disk_id(index, disk),
-                queues,
-                ..BlockOptions::default()
-            },
-        })
-    };
-    config.all_disks().enumerate().map(open).collect()
 }
 
 /// What rvmm tells the guest's kernel where the user does not.

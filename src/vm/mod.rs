@@ -3,6 +3,7 @@
 mod build;
 pub mod config;
 mod console;
+mod devices;
 mod ended;
 mod kernel;
 mod run;
@@ -10,6 +11,7 @@ mod timeline;
 mod vcpu;
 
 pub use build::{Error as BuildError, build};
+pub use devices::Error as DeviceError;
 pub use ended::{EXIT_FAILED, EXIT_PANIC, EXIT_RESET, EXIT_STUCK, EXIT_TRIPLE_FAULT, End, Ended};
 pub use kernel::{directories as kernel_directories, file_name as kernel_file_name, find as find_kernel};
 pub use run::{Error as RunError, run};

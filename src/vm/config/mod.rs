@@ -1,0 +1,255 @@
+//! What a VM is made of: inert data, from flags, a file or the API. Nothing here opens anything.
+
+mod disk;
+mod serial;
+mod size;
+
+pub use disk::{Disk, MAX_DISK_QUEUES};
+pub use serial::SerialConfig;
+pub use size::Size;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::boot::BootProtocol;
+use crate::memory;
+use crate::platform::VIRTIO_GSIS;
+
+/// The most vCPUs of a VM.
+pub const MAX_CPUS: u32 = 32;
+/// Why a configuration cannot become a VM.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Error {
+    /// The number of vCPUs is out of range.
+    #[error("{0} vCPUs: a VM has 1 to {MAX_CPUS}")]
+    Cpus(u32),
+    /// Too little memory.
+    #[error("{0} of memory: a VM needs at least {min}", min = Size(memory::MIN_SIZE))]
+    TooLittleMemory(Size),
+    /// Memory is not made of whole pages.
+    #[error("{0} of memory: the size must be a multiple of 4K")]
+    OddMemory(Size),
+    /// More memory than the host has.
+    #[error("{wanted} of memory: the host has {host}")]
+    TooMuchMemory {
+        /// What was asked for.
+        wanted: Size,
+        /// Memory and swap of the host.
+        host: Size,
+    },
+    /// KVM's interrupt controller has no line left.
+    #[error("{0} devices: KVM's interrupt controller has lines for {max} virtio devices", max = VIRTIO_GSIS.len())]
+    TooManyDevices(usize),
+    /// Queue count out of range.
+    #[error("{queues} queues for disk {path:?}: a disk has 1 to {MAX_DISK_QUEUES}")]
+    DiskQueues {
+        /// The image.
+        path: PathBuf,
+        /// What was asked for.
+        queues: u16,
+    },
+    /// A disk's serial number does not fit.
+    #[error("id {id:?} of disk {path:?}: at most 20 bytes of printable ASCII")]
+    DiskId {
+        /// The image.
+        path: PathBuf,
+        /// What was asked for.
+        id: String,
+    },
+    /// Two disks have one id.
+    #[error("two disks have the id {0:?}")]
+    DuplicateDiskId(String),
+}
+
+/// A whole VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct VmConfig {
+    /// The guest kernel; `None` for the one that suits the kind of KVM.
+    pub kernel: Option<PathBuf>,
+    /// The initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// What the guest kernel is told, beside what rvmm adds.
+    pub cmdline: Option<String>,
+    /// How the kernel is entered.
+    pub boot_protocol: BootProtocol,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Size of the guest's memory.
+    pub memory: Size,
+    /// The disk that holds the root file system; the guest's first.
+    pub rootfs: Option<Disk>,
+    /// Further disks.
+    pub disks: Vec<Disk>,
+    /// The console.
+    pub serial: SerialConfig,
+    /// Whether rvmm helps the guest over what this kind of KVM cannot do.
+    pub host_quirks: bool,
+    /// Seconds that a guest has to shut down after SIGTERM.
+    pub shutdown_timeout: u64,
+}
+
+impl Default for VmConfig {
+    fn default() -> VmConfig {
+        VmConfig {
+            kernel: None,
+            initrd: None,
+            cmdline: None,
+            boot_protocol: BootProtocol::default(),
+            cpus: 1,
+            memory: Size(256 << 20),
+            rootfs: None,
+            disks: vec![],
+            serial: SerialConfig::default(),
+            host_quirks: true,
+            shutdown_timeout: 30,
+        }
+    }
+}
+
+impl VmConfig {
+    /// All disks in the order in which the guest finds them, the root file system first.
+    pub fn all_disks(&self) -> impl Iterator<Item = &Disk> {
+        self.rootfs.iter().chain(&self.disks)
+    }
+
+    /// How many virtio devices the VM has.
+    pub fn device_count(&self) -> usize {
+        self.all_disks().count()
+    }
+
+    /// The id of the disk at `index`, named or not.
+    pub fn disk_id(index: usize, disk: &Disk) -> String {
+        disk.id.clone().unwrap_or_else(|| format!("disk{index}"))
+    }
+
+    /// Checks all that can be known without opening anything but `host_memory_bytes`.
+    pub fn validate(&self, host_memory_bytes: u64) -> Result<(), Error> {
+        if !(1..=MAX_CPUS).contains(&self.cpus) {
+            return Err(Error::Cpus(self.cpus));
+        }
+        let bytes = self.memory.bytes();
+        if bytes < memory::MIN_SIZE {
+            return Err(Error::TooLittleMemory(self.memory));
+        }
+        if !bytes.is_multiple_of(memory::PAGE_SIZE) {
+            return Err(Error::OddMemory(self.memory));
+        }
+        if bytes > host_memory_bytes {
+            return Err(Error::TooMuchMemory { wanted: self.memory, host: Size(host_memory_bytes) });
+        }
+        let devices = self.device_count();
+        if devices > VIRTIO_GSIS.len() {
+            return Err(Error::TooManyDevices(devices));
+        }
+        let mut ids = std::collections::BTreeSet::new();
+        for (index, disk) in self.all_disks().enumerate() {
+            disk.check()?;
+            let id = Self::disk_id(index, disk);
+            if !ids.insert(id.clone()) {
+                return Err(Error::DuplicateDiskId(id));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Why a configuration file could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {path:?}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is not TOML of this form.
+    #[error("the configuration {path:?} is wrong")]
+    Toml {
+        /// The file.
+        path: PathBuf,
+        /// Where and how.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// The file is not JSON of this form.
+    #[error("the configuration {path:?} is wrong")]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where and how.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// Reads a configuration: JSON when the name ends in `.json`, else TOML.
+pub fn read_file(path: &Path) -> Result<VmConfig, FileError> {
+    let text =
+        std::fs::read_to_string(path).map_err(|source| FileError::Read { path: path.into(), source })?;
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json")) {
+        serde_json::from_str(&text).map_err(|source| FileError::Json { path: path.into(), source })
+    } else {
+        toml::from_str(&text)
+            .map_err(|source| FileError::Toml { path: path.into(), source: Box::new(source) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOST: u64 = 8 << 30;
+
+    #[test]
+    fn impossible_machines_are_refused() {
+        let config = |change: fn(&mut VmConfig)| {
+            let mut config = VmConfig::default();
+            change(&mut config);
+            config.validate(HOST)
+        };
+        assert_eq!(config(|_| {}), Ok(()));
+        assert_eq!(config(|c| c.cpus = 0), Err(Error::Cpus(0)));
+        assert_eq!(config(|c| c.cpus = 33), Err(Error::Cpus(33)));
+        assert_eq!(config(|c| c.memory = Size(8 << 20)), Err(Error::TooLittleMemory(Size(8 << 20))));
+        assert!(matches!(config(|c| c.memory = Size(64 << 30)), Err(Error::TooMuchMemory { .. })));
+        assert!(matches!(config(|c| c.memory = Size((64 << 20) + 512)), Err(Error::OddMemory(_))));
+        assert_eq!(config(|c| c.disks = vec![Disk::new("x"); 19]), Err(Error::TooManyDevices(19)));
+        assert!(matches!(
+            config(|c| c.disks = vec![Disk { id: Some("a\n".into()), ..Disk::new("x") }]),
+            Err(Error::DiskId { .. })
+        ));
+        assert!(matches!(
+            config(|c| c.disks = vec![Disk { queues: Some(0), ..Disk::new("x") }]),
+            Err(Error::DiskQueues { .. })
+        ));
+        assert_eq!(
+            config(|c| c.disks = vec![Disk { id: Some("disk1".into()), ..Disk::new("x") }, Disk::new("y")]),
+            Err(Error::DuplicateDiskId("disk1".into()))
+        );
+    }
+
+    #[test]
+    fn file_round_trips_and_unknown_keys_are_refused() {
+        let config = VmConfig {
+            kernel: Some("vmlinux".into()),
+            rootfs: Some(Disk::new("disk.img")),
+            serial: SerialConfig::File("log".into()),
+            ..VmConfig::default()
+        };
+        let directory = tempfile::tempdir().unwrap();
+        let json = directory.path().join("vm.json");
+        std::fs::write(&json, serde_json::to_string(&config).unwrap()).unwrap();
+        assert_eq!(read_file(&json).unwrap(), config);
+        let toml = directory.path().join("vm.toml");
+        std::fs::write(&toml, "memory = '1G'\ncpus = 2\n[[disks]]\npath = 'a'\nreadonly = true\n").unwrap();
+        let read = read_file(&toml).unwrap();
+        assert_eq!((read.memory, read.cpus, read.disks.len()), (Size(1 << 30), 2, 1));
+        std::fs::write(&toml, "memroy = '1G'").unwrap();
+        assert!(matches!(read_file(&toml), Err(FileError::Toml { .. })));
+    }
+}
