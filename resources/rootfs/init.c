@@ -197,7 +197,7 @@ static void own_terminal(void)
 		close(fd);
 }
 
-static pid_t start(char *const argv[])
+static pid_t start(char *const argv[], const char *directory)
 {
 	static char *const environment[] = {
 		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -211,6 +211,8 @@ static pid_t start(char *const argv[])
 		setpgid(0, 0);
 		tcsetpgrp(0, getpid()); /* SIGTTOU is still blocked */
 		sigprocmask(SIG_SETMASK, &none, NULL);
+		if (directory && chdir(directory) < 0)
+			say("init: cannot enter %s: %s\n", directory, strerror(errno));
 		execve("/bin/sh", argv, environment);
 		_exit(127);
 	}
@@ -328,7 +330,7 @@ int main(void)
 	char *shell[] = { "-sh", NULL };
 	if (command)
 		port_write(PORT_MARK, MARK_EXEC_START);
-	pid_t child = start(command ? run : shell);
+	pid_t child = command ? start(run, NULL) : start(shell, "/root");
 	if (child < 0)
 		stop(RB_POWER_OFF);
 

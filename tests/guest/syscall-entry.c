@@ -222,6 +222,34 @@ static void strict_then_jump(void)
 	syscall(SYS_exit, 43);
 }
 
+/*
+ * 32-bit code: getpid by some instruction, then a far jump to 64-bit code. There and
+ * back by jumps, since QEMU's emulation reads the stack of a far return as the kernel
+ * would, which SMAP forbids.
+ */
+enum { BACK = 8 }; /* where the jump's target stands */
+
+static void put_program(unsigned char *code, unsigned char opcode0, unsigned char opcode1)
+{
+	const unsigned char program[] = {
+		0xb8, 20, 0, 0, 0, opcode0, opcode1, 0xea, 0, 0, 0, 0, 0x33, 0,
+	};
+	memcpy(code, program, sizeof program);
+}
+
+/* In: RDI a stack with room, RSI the code, both below 4 GiB. */
+#define RUN_PROGRAM							\
+	"pushq %%rbp\n\tpushq %%rbx\n\t"				\
+	"movq %%rsp, %%rbx\n\t"						\
+	"movq %[stack], %%rsp\n\t"					\
+	"leaq 1f(%%rip), %%r15\n\t"					\
+	"movl %%r15d, %c[back](%[code])\n\t"				\
+	"movl %k[code], (%%rsp)\n\t"					\
+	"movw $0x23, 4(%%rsp)\n\t"					\
+	"ljmpl *(%%rsp)\n"						\
+	"1:\tmovq %%rbx, %%rsp\n\t"					\
+	"popq %%rbx\n\tpopq %%rbp\n\t"
+
 /* 32-bit code segment: SYSCALL, SYSENTER and INT 0x80 from there. */
 static void compat(unsigned char opcode0, unsigned char opcode1)
 {
@@ -230,27 +258,12 @@ static void compat(unsigned char opcode0, unsigned char opcode1)
 
 	if (code == MAP_FAILED)
 		_exit(42);
-	/* mov $20, %eax (getpid); mov sp; instruction; far return to 64-bit code */
-	const unsigned char program[] = {
-		0xb8, 20, 0, 0, 0, opcode0, opcode1, 0xcb, /* lret */
-	};
-	memcpy(code, program, sizeof program);
+	put_program(code, opcode0, opcode1);
 	unsigned long stack = (unsigned long)code + 4096 - 64;
 	if (sigsetjmp(back, 1))
 		return;
-	asm volatile(
-		"pushq %%rbp\n\tpushq %%rbx\n\t"
-		"movq %%rsp, %%rbx\n\t"
-		"movq %[stack], %%rsp\n\t"
-		"movl $0x33, 4(%%rsp)\n\t"
-		"leaq 1f(%%rip), %%rax\n\t"
-		"movl %%eax, (%%rsp)\n\t"
-		"pushq $0x23\n\t"
-		"pushq %[code]\n\t"
-		"lretq\n"
-		"1:\tmovq %%rbx, %%rsp\n\t"
-		"popq %%rbx\n\tpopq %%rbp\n\t"
-		: : [stack] "D"(stack), [code] "S"((unsigned long)code)
+	asm volatile(RUN_PROGRAM
+		: : [stack] "D"(stack), [code] "S"((unsigned long)code), [back] "i"(BACK)
 		: "rax", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
 		  "memory", "cc");
 }
@@ -317,28 +330,15 @@ static void alias(unsigned char opcode1)
 		uint64_t where = (uint64_t)shared;
 		memcpy(page + 8192 - 64 + 5, &where, 8);
 	}
-	/* 32-bit: the instruction, then lret, as in compat() */
-	const unsigned char program[] = { 0xb8, 20, 0, 0, 0, 0x0f, opcode1, 0xcb };
-	memcpy(code, program, sizeof program);
+	put_program(code, 0x0f, opcode1);
 	unsigned long stack = (unsigned long)code + 8192 - 256;
 	fflush(stdout);
 	pid_t pid = fork();
 	if (pid == 0) {
 		signal(SIGSEGV, SIG_DFL);
 		signal(SIGILL, SIG_DFL);
-		asm volatile(
-			"pushq %%rbp\n\tpushq %%rbx\n\t"
-			"movq %%rsp, %%rbx\n\t"
-			"movq %[stack], %%rsp\n\t"
-			"movl $0x33, 4(%%rsp)\n\t"
-			"leaq 1f(%%rip), %%r15\n\t"
-			"movl %%r15d, (%%rsp)\n\t"
-			"pushq $0x23\n\t"
-			"pushq %[code]\n\t"
-			"lretq\n"
-			"1:\tmovq %%rbx, %%rsp\n\t"
-			"popq %%rbx\n\tpopq %%rbp\n\t"
-			: : [stack] "D"(stack), [code] "S"((unsigned long)code)
+		asm volatile(RUN_PROGRAM
+			: : [stack] "D"(stack), [code] "S"((unsigned long)code), [back] "i"(BACK)
 			: "rax", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
 			  "r15", "memory", "cc");
 		_exit(0);
