@@ -8,6 +8,7 @@ mod boot;
 mod cli;
 mod linux;
 mod nested_host;
+mod rng;
 mod support;
 mod terminal;
 mod tidy;

@@ -74,6 +74,9 @@ pub struct BootArguments {
     /// Size of the guest's memory, with a unit: 512M, 2G [default: 256M]
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
+    /// Give the guest random numbers from the host (virtio-rng)
+    #[arg(long)]
+    rng: bool,
     /// The first serial port: stdio, file=PATH or none [default: stdio]
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialConfig>,
@@ -111,6 +114,7 @@ impl BootArguments {
         config.disks.extend(self.disk.iter().cloned());
         config.cpus = self.cpus.unwrap_or(config.cpus);
         config.memory = self.memory.unwrap_or(config.memory);
+        config.rng |= self.rng;
         config.serial = self.serial.clone().unwrap_or(config.serial);
         config.host_quirks &= !self.no_host_quirks;
         config.shutdown_timeout = self.shutdown_timeout.unwrap_or(config.shutdown_timeout);

@@ -13,6 +13,7 @@ pub mod chain;
 pub mod device;
 pub mod mmio;
 pub mod queue;
+pub mod rng;
 pub mod spec;
 mod worker;
 

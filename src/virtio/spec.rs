@@ -171,3 +171,9 @@ pub mod block {
         pub const UNSUPP: u8 = 2;
     }
 }
+
+/// The entropy device (§5.4).
+pub mod rng {
+    /// Device number (§5).
+    pub const ID: u32 = 4;
+}

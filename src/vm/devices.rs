@@ -4,6 +4,7 @@ use super::config::{self, VmConfig};
 use crate::disk;
 use crate::virtio::Device;
 use crate::virtio::block::{Block, BlockOptions};
+use crate::virtio::rng::Rng;
 
 /// Queues of a disk that says nothing of them, at most.
 const DEFAULT_DISK_QUEUES: u32 = 4;
@@ -21,6 +22,9 @@ pub(super) fn open(config: &VmConfig) -> Result<Vec<Box<dyn Device>>, Error> {
     let mut devices: Vec<Box<dyn Device>> = Vec::with_capacity(config.device_count());
     for (index, disk) in config.all_disks().enumerate() {
         devices.push(Box::new(open_disk(config, index, disk)?));
+    }
+    if config.rng {
+        devices.push(Box::<Rng>::default());
     }
     Ok(devices)
 }

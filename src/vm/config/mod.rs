@@ -82,6 +82,8 @@ pub struct VmConfig {
     pub rootfs: Option<Disk>,
     /// Further disks.
     pub disks: Vec<Disk>,
+    /// Whether the guest gets random numbers from the host.
+    pub rng: bool,
     /// The console.
     pub serial: SerialConfig,
     /// Whether rvmm helps the guest over what this kind of KVM cannot do.
@@ -101,6 +103,7 @@ impl Default for VmConfig {
             memory: Size(256 << 20),
             rootfs: None,
             disks: vec![],
+            rng: false,
             serial: SerialConfig::default(),
             host_quirks: true,
             shutdown_timeout: 30,
@@ -116,7 +119,7 @@ impl VmConfig {
 
     /// How many virtio devices the VM has.
     pub fn device_count(&self) -> usize {
-        self.all_disks().count()
+        self.all_disks().count() + usize::from(self.rng)
     }
 
     /// The id of the disk at `index`, named or not.
