@@ -6,6 +6,9 @@
 
 pub mod guard;
 pub mod heap;
+mod release;
+
+pub use release::give_back;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -105,5 +108,9 @@ pub fn map_file_private(
             offset,
         )
     };
-    if mapped == libc::MAP_FAILED { Err(Error::MapFile(std::io::Error::last_os_error())) } else { Ok(()) }
+    if mapped == libc::MAP_FAILED {
+        return Err(Error::MapFile(std::io::Error::last_os_error()));
+    }
+    release::file_mapped(host as usize, len as usize);
+    Ok(())
 }

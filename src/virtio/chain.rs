@@ -148,6 +148,11 @@ impl Chain {
         self.writable_len
     }
 
+    /// The pieces of guest memory that the device may write, for a device to which they matter as such.
+    pub fn writable_ranges(&self) -> impl Iterator<Item = (GuestAddress, u32)> {
+        self.segments.iter().skip(self.readable).map(|segment| (segment.addr, segment.len))
+    }
+
     /// The readable bytes.
     pub fn reader<'a>(&'a self, ram: &'a Ram) -> Reader<'a> {
         let segments = self.segments.get(..self.readable).unwrap_or_default();

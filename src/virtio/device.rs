@@ -53,6 +53,12 @@ pub trait Device: Send {
         let _ = token;
     }
 
+    /// Who holds the device's handle has changed something: takes it over. What then differs in [`Self::config`] is
+    /// told to the driver.
+    fn reconfigure(&mut self, done: &mut Completions) {
+        let _ = done;
+    }
+
     /// Waits until no deferred chain is in flight, and hands them all in.
     fn drain(&mut self, done: &mut Completions) {
         let _ = done;

@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::device::{Activation, Device};
 use super::queue::Queue;
 use super::spec::{self, QUEUE_SIZE_MAX, feature, register, status};
-use super::worker::{self, Handle, Parts, Shared, lock};
+use super::worker::{self, Handle, Parts, Pausing, Shared, lock};
 use crate::bus::BusDevice;
 use crate::memory::Ram;
 
@@ -70,6 +70,22 @@ enum Owner {
     Stopping(Handle),
     /// Nobody: its worker panicked.
     Lost,
+}
+
+/// A device that was told to rest.
+pub struct ComingToRest {
+    id: u32,
+    /// `None` if it rests already.
+    pausing: Option<Pausing>,
+    limit: Duration,
+}
+
+impl ComingToRest {
+    /// Waits until it rests.
+    pub fn wait(self) -> Result<(), Error> {
+        let rests = self.pausing.is_none_or(|pausing| pausing.wait(self.limit));
+        if rests { Ok(()) } else { Err(Error::Busy { id: self.id, limit: self.limit }) }
+    }
 }
 
 /// What the driver has written.
@@ -131,18 +147,32 @@ impl Transport {
     /// Brings the device to rest: nothing is in flight and guest memory is not touched until [`Self::resume`]. For the
     /// thread that controls the VM, while no vCPU runs.
     pub fn pause(&self, limit: Duration) -> Result<(), Error> {
+        self.begin_pause(limit)?.wait()
+    }
+
+    /// Tells the device to come to rest, so that others can be told before this one is waited for.
+    pub fn begin_pause(&self, limit: Duration) -> Result<ComingToRest, Error> {
         let mut state = lock(&self.state);
         self.settle_reset(&mut state, limit);
-        let rests = match &state.owner {
-            Owner::Running(handle) => {
-                let pausing = handle.pause();
-                drop(state);
-                pausing.wait(limit)
-            }
-            Owner::Stopping(_) => false,
-            Owner::Idle(_) | Owner::Lost => true,
+        let pausing = match &state.owner {
+            Owner::Running(handle) => Some(handle.pause()),
+            Owner::Stopping(_) => return Err(Error::Busy { id: self.id, limit }),
+            Owner::Idle(_) | Owner::Lost => None,
         };
-        if rests { Ok(()) } else { Err(Error::Busy { id: self.id, limit }) }
+        Ok(ComingToRest { id: self.id, pausing, limit })
+    }
+
+    /// Has the device take over what was changed through its handle, and tells the driver if it can see it.
+    pub fn reconfigure(&self) {
+        match &mut lock(&self.state).owner {
+            Owner::Idle(device) => {
+                // No chain is in flight in an idle device.
+                device.reconfigure(&mut Vec::new());
+                self.shared.publish_and_tell(device.config());
+            }
+            Owner::Running(handle) => handle.reconfigure(),
+            Owner::Stopping(_) | Owner::Lost => {}
+        }
     }
 
     /// Lets a paused device go on.

@@ -8,6 +8,7 @@
 //! Everything that a guest writes is hostile: a chain is validated whole before a device sees it, and a broken queue
 //! costs the guest that device, not the VM.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod device;

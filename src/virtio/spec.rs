@@ -176,4 +176,30 @@ pub mod block {
 pub mod rng {
     /// Device number (§5).
     pub const ID: u32 = 4;
+
+/// The memory balloon (§5.5).
+pub mod balloon {
+    /// Device number (§5).
+    pub const ID: u32 = 5;
+
+    /// Feature bits (§5.5.3).
+    pub mod feature {
+        /// There is a statistics queue.
+        pub const STATS_VQ: u64 = 1 << 1;
+        /// The driver may take pages back when the guest runs out of memory.
+        pub const DEFLATE_ON_OOM: u64 = 1 << 2;
+        /// The driver says what free pages contain.
+        pub const PAGE_POISON: u64 = 1 << 4;
+        /// The driver reports free pages.
+        pub const PAGE_REPORTING: u64 = 1 << 5;
+    }
+
+    /// Page frame numbers are in units of 4 KiB whatever the guest's pages are (§5.5.6).
+    pub const PAGE_SHIFT: u32 = 12;
+    /// A page frame number's length.
+    pub const PFN_BYTES: usize = 4;
+    /// Length of a statistic: tag and value (§5.5.6.3).
+    pub const STAT_BYTES: usize = 10;
+    /// Tags of statistics: the ten of §5.5.6.4, and six that Linux added since.
+    pub const STAT_TAGS: usize = 16;
 }

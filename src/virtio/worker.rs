@@ -5,7 +5,7 @@
 //! so that no guest can keep it from pausing or stopping.
 
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -99,6 +99,13 @@ impl Shared {
         }
         changed
     }
+
+    /// The same; and tells the driver, if there is something to tell.
+    pub(super) fn publish_and_tell(&self, bytes: Vec<u8>) {
+        if self.publish(bytes) {
+            self.interrupt(interrupt::CONFIG);
+        }
+    }
 }
 
 /// Nothing here leaves what it locks half changed, so a panic elsewhere does not matter.
@@ -134,6 +141,7 @@ struct Control {
     reached: Mutex<Reached>,
     changed: Condvar,
     config_writes: Mutex<Vec<(u32, Vec<u8>)>>,
+    reconfigure: AtomicBool,
 }
 
 impl Control {
@@ -192,6 +200,7 @@ pub(super) fn spawn(parts: Parts) -> Result<Handle, (Box<dyn Device>, io::Error)
         reached: Mutex::new(Reached::Running),
         changed: Condvar::new(),
         config_writes: Mutex::new(Vec::new()),
+        reconfigure: AtomicBool::new(false),
     });
     // The closure of a thread that cannot be started is dropped, so the parts wait for the thread outside of it.
     let parts = Arc::new(Mutex::new(Some(parts)));
@@ -267,6 +276,12 @@ impl Handle {
             drop(writes);
             let _ = self.control.wake.write(1);
         }
+    }
+
+    /// Has the device take over what was changed through its handle.
+    pub(super) fn reconfigure(&self) {
+        self.control.reconfigure.store(true, Ordering::Release);
+        let _ = self.control.wake.write(1);
     }
 }
 
@@ -345,6 +360,9 @@ impl Worker {
         for (offset, data) in std::mem::take(&mut *lock(&self.control.config_writes)) {
             self.service.write_config(offset, &data);
         }
+        if self.control.reconfigure.swap(false, Ordering::AcqRel) {
+            self.reconfigure(ops);
+        }
         if self.control.ordered(Order::Stop).is_some() {
             self.over = true;
         } else if let Some(order) = self.control.ordered(Order::Pause) {
@@ -364,6 +382,20 @@ impl Worker {
             }
             self.service.serve_all(&self.wanted());
         }
+    }
+
+    fn reconfigure(&mut self, ops: &mut EventOps) {
+        let before = if self.service.paused { Vec::new() } else { self.service.device.sources() };
+        for source in before {
+            let _ = ops.remove(Events::empty_raw(source.fd));
+        }
+        self.service.reconfigure();
+        if !self.service.paused
+            && let Err(error) = self.watch_sources(ops)
+        {
+            self.service.fail(&"cannot watch its descriptors", &error);
+        }
+        self.service.serve_waiting(&self.wanted());
     }
 
     /// Whether an order waits, for use inside a batch.
@@ -624,6 +656,13 @@ impl Service {
     fn write_config(&mut self, offset: u32, data: &[u8]) {
         self.device.write_config(offset, data);
         self.shared.publish(self.device.config());
+    }
+
+    fn reconfigure(&mut self) {
+        self.device.reconfigure(&mut self.done);
+        self.complete_done();
+        self.interrupt();
+        self.shared.publish_and_tell(self.device.config());
     }
 
     /// Comes to rest: nothing in flight, nothing popped.
