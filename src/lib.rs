@@ -2,7 +2,7 @@
 //!
 //! Dependencies between modules point down only:
 //!
-//! - `main -> cli -> vm`
+//! - `main -> cli -> {api, vm}`; `api -> vm`
 //! - `vm -> {boot, virtio, legacy, bus, kvm, memory, disk}`
 //! - `cli -> doctor -> {kvm, vm}`
 //! - `virtio -> {memory, disk}`, never `kvm` or `vm`: it is handed event descriptors
@@ -11,6 +11,7 @@
 //!
 //! `tests/tidy.rs` holds these edges.
 
+pub mod api;
 pub mod boot;
 pub mod bus;
 pub mod cli;

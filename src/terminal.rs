@@ -65,6 +65,14 @@ impl Drop for RawTerminal {
     }
 }
 
+/// Columns and rows of standard output's terminal, if it is one that knows.
+pub fn size() -> Option<(u16, u16)> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the call writes one `winsize`, which lives as long as the call.
+    let result = unsafe { libc::ioctl(io::stdout().as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
+    (result == 0 && size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
+}
+
 /// Puts the terminal back as it was found, if it is in raw mode. May be called from a signal handler.
 pub fn restore() {
     let Some((fd, found)) = FOUND.get() else { return };

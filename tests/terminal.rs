@@ -285,3 +285,27 @@ fn shell_of_a_linux_guest_works_on_the_terminal() {
     screen.type_line("poweroff");
     screen.is_as_before(0, LINUX_PATIENCE);
 }
+
+#[test]
+fn size_of_the_terminal_reaches_a_virtio_console() {
+    if !can_run() || !has_fast_kvm() {
+        return;
+    }
+    let Some(linux) = linux() else { return };
+    let screen = Screen::start(echo());
+    let (kernel, rootfs) = (linux.kernel.display(), linux.rootfs.display());
+    screen.type_line(&format!(
+        "\"$RVMM\" --kernel {kernel} --rootfs {rootfs},readonly --memory 128M --cmdline quiet --console stdio; \
+         echo code=$?"
+    ));
+    screen.expect("\n~ # ", LINUX_PATIENCE);
+    screen.type_line("echo size=$(stty size)");
+    screen.expect("\nsize=40 120", PATIENCE);
+    let status = screen.tmux().args(["resize-window", "-x", "100", "-y", "30"]).status().expect("tmux");
+    assert!(status.success());
+    std::thread::sleep(Duration::from_secs(1));
+    screen.type_line("echo size=$(stty size)");
+    screen.expect("\nsize=30 100", PATIENCE);
+    screen.type_line("poweroff");
+    screen.is_as_before(0, LINUX_PATIENCE);
+}

@@ -3,9 +3,12 @@
 //! What a test needs and does not find (KVM, a kernel, root, a tool) it names in a line `skipped: …`. `scripts/test`
 //! builds what is needed and runs everything twice: on this host, and what needs a complete KVM in `nested-host`.
 
+mod api;
+mod balloon;
 mod block;
 mod boot;
 mod cli;
+mod console;
 mod linux;
 mod nested_host;
 mod rng;

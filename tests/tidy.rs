@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 const MAX_FILE_BYTES: u64 = 32 << 10;
 
 /// What each top-level module may use of the others. `platform` (numbers) is for all.
-const MAY_USE: [(&str, &[&str]); 12] = [
-    ("cli", &["boot", "doctor", "kvm", "vm"]),
+const MAY_USE: [(&str, &[&str]); 13] = [
+    ("cli", &["api", "boot", "doctor", "kvm", "vm"]),
+    ("api", &["vm"]),
     ("doctor", &["kvm", "vm"]),
     ("vm", &["boot", "bus", "disk", "kvm", "legacy", "memory", "terminal", "virtio"]),
     ("virtio", &["bus", "disk", "memory"]),

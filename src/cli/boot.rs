@@ -6,8 +6,9 @@ use std::process::ExitCode;
 use clap::{Args, ValueEnum};
 
 use super::logging::{self, LogLevel};
+use crate::api;
 use crate::boot::BootProtocol;
-use crate::vm::config::{self, Disk, SerialConfig, Size, VmConfig};
+use crate::vm::config::{self, Balloon, Disk, SerialConfig, Size, VmConfig};
 use crate::vm::{self, Timeline};
 
 /// Shown after the long help.
@@ -77,9 +78,20 @@ pub struct BootArguments {
     /// Give the guest random numbers from the host (virtio-rng)
     #[arg(long)]
     rng: bool,
+    /// A memory balloon, by which the guest gives memory back
+    ///
+    /// [size=SIZE][,deflate-on-oom][,free-page-reporting][,stats-interval=SECONDS]
+    #[arg(long, value_name = "OPTIONS", num_args = 0..=1, default_missing_value = "")]
+    balloon: Option<Balloon>,
+    /// Control the VM through a unix socket at PATH, by HTTP
+    #[arg(long, value_name = "PATH", visible_alias = "api-sock")]
+    api_socket: Option<PathBuf>,
     /// The first serial port: stdio, file=PATH or none [default: stdio]
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialConfig>,
+    /// A virtio console (hvc0): stdio, file=PATH or none; with stdio there is no serial port there [default: none]
+    #[arg(long, value_name = "WHERE")]
+    console: Option<SerialConfig>,
     /// How the kernel is entered [default: auto]
     #[arg(long, value_name = "PROTOCOL")]
     boot_protocol: Option<Protocol>,
@@ -115,7 +127,9 @@ impl BootArguments {
         config.cpus = self.cpus.unwrap_or(config.cpus);
         config.memory = self.memory.unwrap_or(config.memory);
         config.rng |= self.rng;
+        config.balloon = self.balloon.clone().or(config.balloon);
         config.serial = self.serial.clone().unwrap_or(config.serial);
+        config.console = self.console.clone().unwrap_or(config.console);
         config.host_quirks &= !self.no_host_quirks;
         config.shutdown_timeout = self.shutdown_timeout.unwrap_or(config.shutdown_timeout);
         if let Some(protocol) = self.boot_protocol {
@@ -134,7 +148,10 @@ pub fn run(arguments: BootArguments, mut timeline: Timeline) -> anyhow::Result<E
     logging::start(arguments.log_level);
     let config = arguments.configuration()?;
     timeline.mark("configured");
+    // Before the VM is built, since a socket that is in use ends it all.
+    let socket = arguments.api_socket.as_deref().map(api::Socket::bind).transpose()?;
     let vm = vm::build(&config, &mut timeline)?;
+    let _api = socket.map(|socket| api::serve(socket, vm.control())).transpose()?;
     let ended = vm::run(vm, &mut timeline)?;
     if ended.end == vm::End::Quit {
         // The guest's cursor is anywhere in a line.

@@ -9,11 +9,12 @@ mod sync;
 mod task;
 mod uring;
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde::{Deserialize, Serialize};
@@ -137,7 +138,7 @@ fn holder_text(holder: Option<u32>) -> String {
 #[derive(Debug)]
 pub struct Image {
     file: File,
-    size_bytes: u64,
+    size_bytes: AtomicU64,
     block_device: bool,
     options: Options,
 }
@@ -145,7 +146,23 @@ pub struct Image {
 impl Image {
     /// Size of the image, a multiple of [`SECTOR_BYTES`].
     pub fn size_bytes(&self) -> u64 {
-        self.size_bytes
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
+    /// Whether `path` names the file that this image is in.
+    pub fn is_at(&self, path: &Path) -> bool {
+        let numbers = |metadata: Metadata| (metadata.dev(), metadata.ino());
+        match (self.file.metadata(), path.metadata()) {
+            (Ok(here), Ok(there)) => numbers(here) == numbers(there),
+            _ => false,
+        }
+    }
+
+    /// Takes the size of the image, which is at `path`, anew.
+    pub fn measure_again(&self, path: &Path) -> Result<(), Error> {
+        let size_bytes = measure(&self.file, self.block_device, path)?;
+        self.size_bytes.store(size_bytes, Ordering::Release);
+        Ok(())
     }
 
     /// How the image was opened.
@@ -180,6 +197,14 @@ pub fn open(path: &Path, options: &Options) -> Result<Image, Error> {
         .map_err(host("lock"))?
         .map_err(|lock::Held(holder)| Error::Locked { path: owned(), holder })?;
     let block_device = kind.is_block_device();
+    let size_bytes = measure(&file, block_device, path)?.into();
+    Ok(Image { file, size_bytes, block_device, options: *options })
+}
+
+/// The size of an image, which must be whole sectors.
+fn measure(file: &File, block_device: bool, path: &Path) -> Result<u64, Error> {
+    let owned = || path.to_path_buf();
+    let host = |what| move |source| Error::Host { what, path: path.to_path_buf(), source };
     let size_bytes = if block_device {
         sync::block_device_size(file.as_raw_fd()).map_err(host("find the size of"))?
     } else {
@@ -191,7 +216,7 @@ pub fn open(path: &Path, options: &Options) -> Result<Image, Error> {
     if !size_bytes.is_multiple_of(SECTOR_BYTES) {
         return Err(Error::PartialSector { path: owned(), size_bytes });
     }
-    Ok(Image { file, size_bytes, block_device, options: *options })
+    Ok(size_bytes)
 }
 
 fn open_file(path: &Path, read_only: bool) -> Result<File, Error> {

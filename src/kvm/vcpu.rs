@@ -189,6 +189,12 @@ impl Vcpu {
         call("KVM_SET_LAPIC", || self.fd.set_lapic(lapic))
     }
 
+    /// Tells a guest with a KVM clock that it was stopped, so that its watchdogs do not take that for a lock-up.
+    pub fn tell_paused(&self) {
+        // Fails for a guest that has not set up such a clock.
+        let _ = self.fd.kvmclock_ctrl();
+    }
+
     /// Says that the calling thread will run this vCPU, so that [`Kick`] reaches it. Until the value is dropped.
     pub fn bind_to_thread(&mut self) -> BoundVcpu<'_> {
         IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);

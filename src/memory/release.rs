@@ -34,7 +34,8 @@ fn cut(pieces: &mut Vec<(usize, usize)>, start: usize, end: usize) {
     let first = pieces.partition_point(|piece| piece.1 <= start);
     let last = pieces.partition_point(|piece| piece.0 < end).max(first);
     let before = pieces.get(first).map(|piece| (piece.0, start)).filter(|piece| piece.0 < piece.1);
-    let after = pieces.get(last.wrapping_sub(1)).map(|piece| (end, piece.1)).filter(|piece| piece.0 < piece.1);
+    let after =
+        pieces.get(last.wrapping_sub(1)).map(|piece| (end, piece.1)).filter(|piece| piece.0 < piece.1);
     if first < last {
         pieces.splice(first..last, before.into_iter().chain(after));
     }
@@ -140,14 +141,14 @@ mod tests {
 
     #[test]
     fn ranges_are_cut() {
-        let cases: [(usize, usize, &[(usize, usize)]); 7] = [
-            (0, 5, &[(10, 20), (30, 40)]),
-            (0, 15, &[(15, 20), (30, 40)]),
-            (12, 14, &[(10, 12), (14, 20), (30, 40)]),
-            (10, 20, &[(30, 40)]),
-            (15, 35, &[(10, 15), (35, 40)]),
-            (20, 30, &[(10, 20), (30, 40)]),
-            (0, 50, &[]),
+        let cases = [
+            (0, 5, vec![(10, 20), (30, 40)]),
+            (0, 15, vec![(15, 20), (30, 40)]),
+            (12, 14, vec![(10, 12), (14, 20), (30, 40)]),
+            (10, 20, vec![(30, 40)]),
+            (15, 35, vec![(10, 15), (35, 40)]),
+            (20, 30, vec![(10, 20), (30, 40)]),
+            (0, 50, vec![]),
         ];
         for (start, end, left) in cases {
             let mut pieces = vec![(10, 20), (30, 40)];

@@ -313,11 +313,8 @@ impl Device for Balloon {
 
     fn sources(&self) -> Vec<Source> {
         let timer = self.active.as_ref().filter(|active| active.features & feature::STATS_VQ != 0);
-        let source = |active: &Active| Source {
-            fd: active.timer.as_fd().as_raw_fd(),
-            token: 0,
-            events: EventSet::IN,
-        };
+        let source =
+            |active: &Active| Source { fd: active.timer.as_fd().as_raw_fd(), token: 0, events: EventSet::IN };
         timer.map(source).into_iter().collect()
     }
 

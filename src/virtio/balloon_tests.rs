@@ -97,7 +97,10 @@ fn options_decide_features_and_queues() {
     };
     assert_eq!(look(&BalloonOptions::default()), (0, 2));
     assert_eq!(look(&BalloonOptions { deflate_on_oom: true, ..Default::default() }), (1 << 2, 2));
-    assert_eq!(look(&BalloonOptions { stats_interval: all().stats_interval, ..Default::default() }), (1 << 1, 3));
+    assert_eq!(
+        look(&BalloonOptions { stats_interval: all().stats_interval, ..Default::default() }),
+        (1 << 1, 3)
+    );
     assert_eq!(
         look(&BalloonOptions { free_page_reporting: true, ..Default::default() }),
         (1 << 4 | 1 << 5, 5)

@@ -5,7 +5,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use event_manager::EventSet;
 use vm_memory::VolatileSlice;
@@ -13,6 +13,7 @@ use vm_memory::VolatileSlice;
 use super::chain::TooShort;
 use super::device::{Activation, Completion, Completions, Device, Handled, Source};
 use super::spec::block::{self, feature, request, status};
+use super::worker::lock;
 use super::{Chain, Reader, Writer};
 use crate::disk::{Buffers, Durability, Engine, Image, Operation, SECTOR_BYTES};
 use crate::memory::Ram;
@@ -44,9 +45,34 @@ impl Default for BlockOptions {
     }
 }
 
+/// Changes the image of a block device from outside.
+#[derive(Clone, Debug)]
+pub struct BlockHandle(Arc<Mutex<Images>>);
+
+#[derive(Debug)]
+struct Images {
+    current: Arc<Image>,
+    /// To be used when the device is reconfigured.
+    next: Option<Arc<Image>>,
+}
+
+impl BlockHandle {
+    /// The image that the device has, or gets.
+    pub fn image(&self) -> Arc<Image> {
+        let images = lock(&self.0);
+        Arc::clone(images.next.as_ref().unwrap_or(&images.current))
+    }
+
+    /// Gives the device another image when it is reconfigured. It must be opened with the same options.
+    pub fn set_image(&self, image: Image) {
+        lock(&self.0).next = Some(Arc::new(image));
+    }
+}
+
 /// A block device on an image.
 pub struct Block {
     image: Arc<Image>,
+    images: BlockHandle,
     serial: [u8; block::ID_BYTES],
     queue_sizes: Vec<u16>,
     /// While the driver is ready.
@@ -84,7 +110,29 @@ impl Block {
             *to = from;
         }
         let queues = usize::from(options.queues.max(1));
-        Self { image: Arc::new(image), serial, queue_sizes: vec![options.queue_size; queues], active: None }
+        let image = Arc::new(image);
+        let images = Images { current: Arc::clone(&image), next: None };
+        Self {
+            image,
+            images: BlockHandle(Arc::new(Mutex::new(images))),
+            serial,
+            queue_sizes: vec![options.queue_size; queues],
+            active: None,
+        }
+    }
+
+    /// The handle to this device.
+    pub fn handle(&self) -> BlockHandle {
+        self.images.clone()
+    }
+
+    /// An engine for a driver that has accepted `features`.
+    fn engine(&self, image: &Arc<Image>, features: u64) -> io::Result<Engine<Pending>> {
+        // §5.2.6.2: for a driver that does not know of flushes, a write is stable when it completes.
+        let durability =
+            if features & feature::FLUSH == 0 { Durability::Always } else { Durability::OnFlush };
+        let depth = self.queue_sizes.first().copied().unwrap_or(1);
+        Engine::new(Arc::clone(image), depth, durability)
     }
 
     fn sectors(&self) -> u64 {
@@ -242,11 +290,7 @@ impl Device for Block {
     }
 
     fn start(&mut self, activation: Activation) -> io::Result<()> {
-        // §5.2.6.2: for a driver that does not know of flushes, a write is stable when it completes.
-        let durability =
-            if activation.features & feature::FLUSH == 0 { Durability::Always } else { Durability::OnFlush };
-        let depth = self.queue_sizes.first().copied().unwrap_or(1);
-        let engine = Engine::new(Arc::clone(&self.image), depth, durability)?;
+        let engine = self.engine(&self.image, activation.features)?;
         self.active = Some(Active { engine, activation, error_logged: false });
         Ok(())
     }
@@ -279,6 +323,22 @@ impl Device for Block {
         if let Some(active) = &mut self.active {
             active.engine.commit();
             active.collect(done);
+        }
+    }
+
+    fn reconfigure(&mut self, done: &mut Completions) {
+        let Some(image) = lock(&self.images.0).next.take() else { return };
+        self.drain(done);
+        let features = self.active.as_ref().map(|active| active.activation.features);
+        match features.map(|features| self.engine(&image, features)).transpose() {
+            Ok(engine) => {
+                if let (Some(active), Some(engine)) = (&mut self.active, engine) {
+                    active.engine = engine;
+                }
+                lock(&self.images.0).current = Arc::clone(&image);
+                self.image = image;
+            }
+            Err(error) => tracing::warn!(%error, "a disk keeps its image: the new one cannot be used"),
         }
     }
 

@@ -11,6 +11,7 @@
 pub mod balloon;
 pub mod block;
 pub mod chain;
+pub mod console;
 pub mod device;
 pub mod mmio;
 pub mod queue;

@@ -176,6 +176,7 @@ pub mod block {
 pub mod rng {
     /// Device number (§5).
     pub const ID: u32 = 4;
+}
 
 /// The memory balloon (§5.5).
 pub mod balloon {
@@ -202,4 +203,21 @@ pub mod balloon {
     pub const STAT_BYTES: usize = 10;
     /// Tags of statistics: the ten of §5.5.6.4, and six that Linux added since.
     pub const STAT_TAGS: usize = 16;
+}
+
+/// The console (§5.3).
+pub mod console {
+    /// Device number (§5).
+    pub const ID: u32 = 3;
+
+    /// Feature bits (§5.3.3).
+    pub mod feature {
+        /// `cols` and `rows` hold.
+        pub const SIZE: u64 = 1 << 0;
+    }
+
+    /// Input, for the driver to receive (§5.3.2).
+    pub const RECEIVE: u16 = 0;
+    /// Output, which the driver transmits (§5.3.2).
+    pub const TRANSMIT: u16 = 1;
 }

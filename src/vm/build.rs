@@ -13,9 +13,11 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{self, SerialConfig, VmConfig};
-use super::console::{ConsoleOutput, NoOutput};
+use super::console::{ConsoleOutput, Line, NoOutput};
+use super::control::{Control, Controlled, State};
 use super::devices;
 use super::kernel;
+use super::pause::Gate;
 use super::timeline::Timeline;
 use super::vcpu::VcpuShared;
 use super::{Console, Machine, Vm};
@@ -30,9 +32,11 @@ use crate::platform::{
     self, COM1, COM1_GSI, GUEST_EVENT, I8042 as I8042_PORTS, I8042_GSI, MmioSlot, POWER, POWER_GSI, PVPANIC,
     Ports, VIRTIO_MMIO_SIZE,
 };
+use crate::virtio::Device;
+use crate::virtio::console::{ConsoleHandle, Size};
 use crate::virtio::mmio::Transport;
 use crate::virtio::spec::register;
-use crate::{boot, virtio};
+use crate::{boot, terminal, virtio};
 
 /// Why a VM could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -103,7 +107,15 @@ pub enum Error {
 /// Builds the machine that `config` describes.
 pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
     config.validate(host_memory_bytes())?;
-    let devices = devices::open(config)?;
+    let room_event = event()?;
+    let (mut devices, handles) = devices::open(config)?;
+    let mut consoles = Vec::new();
+    let mut sized = None;
+    if let Some((device, handle, console)) = open_virtio_console(config, &room_event)? {
+        sized = console.reads_stdin.then_some((devices.len(), handle));
+        devices.push(device);
+        consoles.push(console);
+    }
     let kvm = Kvm::open()?;
     let kind = kind::detect(kvm.fd());
     let quirks = kind == Kind::Pvm && config.host_quirks;
@@ -134,7 +146,6 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
     timeline.mark("VM made");
 
     let requests_event = event()?;
-    let room_event = event()?;
     let requests = Arc::new(GuestRequests::new(clone(&requests_event)?));
     let irq = |gsi| -> Result<EventFd, Error> {
         let irq = event()?;
@@ -142,15 +153,20 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
         Ok(irq)
     };
 
-    let (sink, console) = open_console(&config.serial)?;
+    let output = open_console(config.serial_place())?;
+    let sink: Arc<dyn SerialSink> = match &output {
+        Some(open) => open.output.clone(),
+        None => Arc::new(NoOutput),
+    };
     let serial = Arc::new(Serial::new(sink, irq(COM1_GSI)?, clone(&room_event)?));
+    consoles.extend(output.map(|open| open.with(serial.clone())));
     let i8042 = Arc::new(I8042::new(requests.clone(), irq(I8042_GSI)?));
     let power = Arc::new(PowerBlock::new(requests.clone(), irq(POWER_GSI)?));
     let guest_event = Arc::new(GuestEvent::default());
     let mut ports = Bus::default();
     let mut at =
         |place: Ports, device: Arc<dyn BusDevice>| ports.insert(place.start.into(), place.len.into(), device);
-    at(COM1, serial.clone())?;
+    at(COM1, serial)?;
     at(I8042_PORTS, i8042.clone())?;
     at(POWER, power.clone())?;
     at(PVPANIC, Arc::new(PvPanic::new(requests.clone())))?;
@@ -186,16 +202,23 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
         ram,
         requests,
         stop: AtomicBool::new(false),
+        gate: Gate::default(),
         failure: Mutex::new(None),
         failed: event()?,
     };
     Ok(Vm {
         shared: Arc::new(shared),
         vcpus,
-        machine: Machine { serial, i8042, power, guest_event, transports, _kvm_vm: vm },
+        machine: Machine { sized, i8042, power, guest_event, transports, _kvm_vm: vm },
         requests_event,
         room_event,
-        console,
+        consoles,
+        control: Control::new().map_err(Error::EventFd)?,
+        controlled: Controlled {
+            config: VmConfig { kernel: Some(kernel_path), ..config.clone() },
+            handles,
+            state: State::Running,
+        },
         shutdown_timeout: Duration::from_secs(config.shutdown_timeout),
     })
 }
@@ -233,8 +256,12 @@ fn kernel_path(config: &VmConfig, kind: Kind) -> Result<PathBuf, Error> {
 fn command_line(config: &VmConfig, quirks: bool) -> Result<Cmdline, Error> {
     let mut cmdline = Cmdline::new(config.cmdline.as_deref().unwrap_or_default())?;
     let mut additions: Vec<String> = vec![];
-    if config.serial != SerialConfig::None {
+    if *config.serial_place() != SerialConfig::None {
         additions.push("console=ttyS0".into());
+    }
+    // The last one is the guest's /dev/console.
+    if config.console != SerialConfig::None {
+        additions.push("console=hvc0".into());
     }
     // There is no PCI, and a kernel that looks for it takes time and complains.
     additions.extend(["reboot=k".into(), "panic=-1".into(), "pci=off".into()]);
@@ -277,7 +304,7 @@ fn load_kernel(
         virtio: slots.to_vec(),
         // A kernel that can run on a PVM host hardly has ACPI, so the search for it in the file is spared there.
         discovery: if quirks { boot::Discovery::Both } else { boot::Discovery::Auto },
-        serial: config.serial != SerialConfig::None,
+        serial: *config.serial_place() != SerialConfig::None,
         generation_id: generation_id()?,
     };
     let loaded = boot::load(ram, &source, &machine, &command_line(config, quirks)?)?;
@@ -328,9 +355,36 @@ fn prepare_vcpu(
     Ok(vcpu.set_lapic(&lapic)?)
 }
 
-fn open_console(config: &SerialConfig) -> Result<(Arc<dyn SerialSink>, Option<Console>), Error> {
+/// A virtio console: the device, what sets its size, and the host's side.
+type VirtioConsole = (Box<dyn Device>, ConsoleHandle, Console);
+
+/// The virtio console, if there is one.
+fn open_virtio_console(config: &VmConfig, room: &EventFd) -> Result<Option<VirtioConsole>, Error> {
+    let Some(open) = open_console(&config.console)? else { return Ok(None) };
+    let size = open.reads_stdin.then(terminal::size).flatten();
+    let size = size.map_or(Size::default(), |(columns, rows)| Size { columns, rows });
+    let (device, handle) =
+        virtio::console::Console::new(open.output.clone(), size, clone(room)?).map_err(Error::EventFd)?;
+    let console = open.with(Arc::new(handle.clone()));
+    Ok(Some((Box::new(device), handle, console)))
+}
+
+/// A console's output, before the device is there.
+struct OpenConsole {
+    output: Arc<ConsoleOutput>,
+    target: File,
+    reads_stdin: bool,
+}
+
+impl OpenConsole {
+    fn with(self, line: Arc<dyn Line>) -> Console {
+        Console { output: self.output, line, target: self.target, reads_stdin: self.reads_stdin }
+    }
+}
+
+fn open_console(config: &SerialConfig) -> Result<Option<OpenConsole>, Error> {
     let (what, target, reads_stdin) = match config {
-        SerialConfig::None => return Ok((Arc::new(NoOutput), None)),
+        SerialConfig::None => return Ok(None),
         SerialConfig::Stdio => {
             ("standard output".to_owned(), io::stdout().as_fd().try_clone_to_owned().map(File::from), true)
         }
@@ -339,6 +393,5 @@ fn open_console(config: &SerialConfig) -> Result<(Arc<dyn SerialSink>, Option<Co
         }
     };
     let target = target.map_err(|source| Error::Console { what, source })?;
-    let output = Arc::new(ConsoleOutput::default());
-    Ok((output.clone(), Some(Console { output, target, reads_stdin })))
+    Ok(Some(OpenConsole { output: Arc::default(), target, reads_stdin }))
 }

@@ -14,6 +14,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signalfd::SignalFd;
 
 use crate::legacy::{Serial, SerialSink};
+use crate::virtio::console::{ConsoleHandle, ConsoleSink};
 
 /// Output that waits for a slow reader at most, in bytes.
 const CAPACITY: usize = 64 << 10;
@@ -21,6 +22,34 @@ const CAPACITY: usize = 64 << 10;
 const BURST: usize = 16;
 /// How long output may stand still at the end before it is given up, where the user wants the end.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
+
+/// The host's end of a guest's line.
+pub trait Line: Send + Sync {
+    /// Gives the guest input; returns how many bytes were taken. When not all were, the room event follows.
+    fn feed(&self, bytes: &[u8]) -> usize;
+    /// Tells that the line's sink has room again after it had none.
+    fn sink_drained(&self);
+}
+
+impl Line for Serial {
+    fn feed(&self, bytes: &[u8]) -> usize {
+        Serial::feed(self, bytes)
+    }
+
+    fn sink_drained(&self) {
+        Serial::sink_drained(self);
+    }
+}
+
+impl Line for ConsoleHandle {
+    fn feed(&self, bytes: &[u8]) -> usize {
+        ConsoleHandle::feed(self, bytes)
+    }
+
+    fn sink_drained(&self) {
+        ConsoleHandle::sink_drained(self);
+    }
+}
 
 #[derive(Default)]
 struct Waiting {
@@ -63,6 +92,25 @@ impl SerialSink for ConsoleOutput {
             self.was_full.store(true, Ordering::Release);
         }
         room
+    }
+}
+
+impl ConsoleSink for ConsoleOutput {
+    fn put(&self, bytes: &[u8]) -> usize {
+        let mut waiting = self.lock();
+        if waiting.closed {
+            return bytes.len();
+        }
+        let taken = bytes.len().min(CAPACITY.saturating_sub(waiting.bytes.len()));
+        if taken < bytes.len() {
+            self.was_full.store(true, Ordering::Release);
+        }
+        waiting.bytes.extend(bytes.iter().take(taken));
+        self.len.store(waiting.bytes.len(), Ordering::Release);
+        if taken > 0 && std::mem::take(&mut waiting.writer_sleeps) {
+            self.wake.notify_one();
+        }
+        taken
     }
 }
 
@@ -121,14 +169,14 @@ pub enum Drain {
 }
 
 impl ConsoleWriter {
-    /// Starts writing what `serial` sends to `output` into `target`.
-    pub fn start(output: Arc<ConsoleOutput>, serial: Arc<Serial>, target: File) -> io::Result<ConsoleWriter> {
+    /// Starts writing what `line` sends to `output` into `target`.
+    pub fn start(output: Arc<ConsoleOutput>, line: Arc<dyn Line>, target: File) -> io::Result<ConsoleWriter> {
         let source = output.clone();
         let finished = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let tell = finished.clone();
         let thread =
             std::thread::Builder::new().name("console".into()).stack_size(64 << 10).spawn(move || {
-                write_out(&source, &serial, target);
+                write_out(&source, &*line, target);
                 // Only an overflow could fail.
                 let _ = tell.write(1);
             })?;
@@ -167,7 +215,7 @@ impl ConsoleWriter {
     }
 }
 
-fn write_out(output: &ConsoleOutput, serial: &Serial, mut target: File) {
+fn write_out(output: &ConsoleOutput, line: &dyn Line, mut target: File) {
     let mut broken = false;
     while let Some(bytes) = output.take() {
         let (front, back) = bytes.as_slices();
@@ -190,7 +238,7 @@ fn write_out(output: &ConsoleOutput, serial: &Serial, mut target: File) {
         }
         output.len.store(output.lock().bytes.len(), Ordering::Release);
         if output.was_full.swap(false, Ordering::AcqRel) {
-            serial.sink_drained();
+            line.sink_drained();
         }
     }
 }
@@ -223,7 +271,7 @@ const ESCAPE_HELP: &str =
 /// Input on its way from standard input to the guest.
 pub struct ConsoleInput {
     source: File,
-    serial: Arc<Serial>,
+    line: Arc<dyn Line>,
     is_terminal: bool,
     escaped: bool,
     waiting: VecDeque<u8>,
@@ -231,9 +279,9 @@ pub struct ConsoleInput {
 
 impl ConsoleInput {
     /// Input from a duplicate of standard input; on a terminal Ctrl-A introduces commands.
-    pub fn new(serial: Arc<Serial>, is_terminal: bool) -> io::Result<ConsoleInput> {
+    pub fn new(line: Arc<dyn Line>, is_terminal: bool) -> io::Result<ConsoleInput> {
         let source = File::from(io::stdin().as_fd().try_clone_to_owned()?);
-        Ok(ConsoleInput { source, serial, is_terminal, escaped: false, waiting: VecDeque::new() })
+        Ok(ConsoleInput { source, line, is_terminal, escaped: false, waiting: VecDeque::new() })
     }
 
     /// The descriptor to wait on.
@@ -244,7 +292,7 @@ impl ConsoleInput {
     /// Hands on what already was read.
     pub fn flush(&mut self) -> InputState {
         while !self.waiting.is_empty() {
-            let taken = self.serial.feed(self.waiting.make_contiguous());
+            let taken = self.line.feed(self.waiting.make_contiguous());
             if taken == 0 {
                 return InputState::WaitForRoom;
             }
@@ -298,11 +346,12 @@ mod tests {
     #[test]
     fn burst_of_a_fifo_fits_whenever_there_is_room() {
         let output = ConsoleOutput::default();
-        (0..CAPACITY - 1).for_each(|_| assert!(output.put(0)));
+        let put = |byte| SerialSink::put(&output, byte);
+        (0..CAPACITY - 1).for_each(|_| assert!(put(0)));
         assert!(output.has_room());
-        (0..BURST).for_each(|_| assert!(output.put(0)));
+        (0..BURST).for_each(|_| assert!(put(0)));
         assert!(!output.has_room());
-        let sent = (0..CAPACITY).take_while(|_| output.put(0)).count();
+        let sent = (0..CAPACITY).take_while(|_| put(0)).count();
         assert!(sent <= BURST, "{sent} bytes more were taken");
     }
 }

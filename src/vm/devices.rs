@@ -1,9 +1,12 @@
 //! From what the configuration says of devices to devices: opens their files.
 
+use std::time::Duration;
+
 use super::config::{self, VmConfig};
 use crate::disk;
 use crate::virtio::Device;
-use crate::virtio::block::{Block, BlockOptions};
+use crate::virtio::balloon::{Balloon, BalloonHandle, BalloonOptions, PAGE_BYTES};
+use crate::virtio::block::{Block, BlockHandle, BlockOptions};
 use crate::virtio::rng::Rng;
 
 /// Queues of a disk that says nothing of them, at most.
@@ -17,16 +20,49 @@ pub enum Error {
     Disk(#[from] disk::Error),
 }
 
+/// What sees and changes devices while the VM runs.
+#[derive(Default)]
+pub(super) struct Handles {
+    /// The disks, which are the first devices.
+    pub(super) disks: Vec<DiskHandle>,
+    /// The balloon, and its place among the devices.
+    pub(super) balloon: Option<(usize, BalloonHandle)>,
+}
+
+/// A disk while the VM runs.
+pub(super) struct DiskHandle {
+    pub(super) id: String,
+    pub(super) handle: BlockHandle,
+}
+
 /// Opens all devices, in the order in which the guest finds them: disks first, so that their names stay.
-pub(super) fn open(config: &VmConfig) -> Result<Vec<Box<dyn Device>>, Error> {
+pub(super) fn open(config: &VmConfig) -> Result<(Vec<Box<dyn Device>>, Handles), Error> {
     let mut devices: Vec<Box<dyn Device>> = Vec::with_capacity(config.device_count());
+    let mut handles = Handles::default();
     for (index, disk) in config.all_disks().enumerate() {
-        devices.push(Box::new(open_disk(config, index, disk)?));
+        let block = open_disk(config, index, disk)?;
+        handles.disks.push(DiskHandle { id: VmConfig::disk_id(index, disk), handle: block.handle() });
+        devices.push(Box::new(block));
     }
     if config.rng {
         devices.push(Box::<Rng>::default());
     }
-    Ok(devices)
+    if let Some(balloon) = &config.balloon {
+        let (device, handle) = Balloon::new(&balloon_options(balloon));
+        handles.balloon = Some((devices.len(), handle));
+        devices.push(Box::new(device));
+    }
+    Ok((devices, handles))
+}
+
+fn balloon_options(balloon: &config::Balloon) -> BalloonOptions {
+    let interval = Duration::from_secs(balloon.stats_interval.into());
+    BalloonOptions {
+        target_pages: u32::try_from(balloon.size.bytes() / PAGE_BYTES).unwrap_or(u32::MAX),
+        deflate_on_oom: balloon.deflate_on_oom,
+        free_page_reporting: balloon.free_page_reporting,
+        stats_interval: Some(interval).filter(|interval| !interval.is_zero()),
+    }
 }
 
 fn open_disk(config: &VmConfig, index: usize, disk: &config::Disk) -> Result<Block, Error> {

@@ -3,9 +3,11 @@
 mod build;
 pub mod config;
 mod console;
+pub mod control;
 mod devices;
 mod ended;
 mod kernel;
+mod pause;
 mod run;
 mod timeline;
 mod vcpu;
@@ -14,6 +16,7 @@ pub use build::{Error as BuildError, build};
 pub use devices::Error as DeviceError;
 pub use ended::{EXIT_FAILED, EXIT_PANIC, EXIT_RESET, EXIT_STUCK, EXIT_TRIPLE_FAULT, End, Ended};
 pub use kernel::{directories as kernel_directories, file_name as kernel_file_name, find as find_kernel};
+pub use pause::Error as PauseError;
 pub use run::{Error as RunError, run};
 pub use timeline::{Moment, Timeline};
 
@@ -25,12 +28,14 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::kvm::pvm::Emulator;
 use crate::kvm::{self, Vcpu};
-use crate::legacy::{GuestEvent, I8042, PowerBlock, Serial};
+use crate::legacy::{GuestEvent, I8042, PowerBlock};
+use crate::virtio::console::ConsoleHandle;
 use crate::virtio::mmio::Transport;
 
 /// The devices that the rest of rvmm talks to.
 pub struct Machine {
-    serial: Arc<Serial>,
+    /// The console at the terminal, and its place among the devices, if it has a size.
+    sized: Option<(usize, ConsoleHandle)>,
     i8042: Arc<I8042>,
     power: Arc<PowerBlock>,
     guest_event: Arc<GuestEvent>,
@@ -39,9 +44,16 @@ pub struct Machine {
     _kvm_vm: kvm::Vm,
 }
 
-/// The host's side of the serial console.
+impl Machine {
+    fn transports(&self) -> impl Iterator<Item = &Transport> + Clone {
+        self.transports.iter().map(Arc::as_ref)
+    }
+}
+
+/// The host's side of a console.
 struct Console {
     output: Arc<console::ConsoleOutput>,
+    line: Arc<dyn console::Line>,
     target: File,
     reads_stdin: bool,
 }
@@ -53,6 +65,15 @@ pub struct Vm {
     machine: Machine,
     requests_event: EventFd,
     room_event: EventFd,
-    console: Option<Console>,
+    consoles: Vec<Console>,
+    control: control::Control,
+    controlled: control::Controlled,
     shutdown_timeout: Duration,
+}
+
+impl Vm {
+    /// What controls this VM from another thread, once it runs.
+    pub fn control(&self) -> control::Control {
+        self.control.clone()
+    }
 }

@@ -2,10 +2,10 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, raise, sigprocmask};
@@ -13,13 +13,16 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::console::{ConsoleInput, ConsoleWriter, Drain, InputState};
+use super::console::{ConsoleInput, ConsoleWriter, Drain, InputState, Line};
+use super::control::{self, Command, Control, Controlled, Reply, State};
+use super::pause;
 use super::timeline::Timeline;
 use super::vcpu::{self, Failure, VcpuShared};
 use super::{End, Ended, Vm};
 use crate::kvm::{self, Kick};
 use crate::legacy::{BootMark, GuestRequest};
-use crate::terminal::RawTerminal;
+use crate::terminal::{self, RawTerminal};
+use crate::virtio::console::Size;
 
 /// How long a guest that panicked may go on to print and to reset itself.
 const PANIC_GRACE: Duration = Duration::from_secs(10);
@@ -57,15 +60,20 @@ const SIGNALS: u32 = 2;
 const INPUT: u32 = 3;
 const ROOM: u32 = 4;
 const TIMER: u32 = 5;
+const CONTROL: u32 = 6;
 
 /// The subscriber of the main thread's event loop.
 struct MainLoop {
     vm: Arc<VmHandles>,
+    control: Control,
+    controlled: Controlled,
     signals: SignalFd,
     timer: TimerFd,
     /// The first signal that asked for a shutdown.
     shutdown_signal: Option<i32>,
     terminal: Option<Arc<RawTerminal>>,
+    /// The line that standard input leads to.
+    line: Option<Arc<dyn Line>>,
     input: Option<ConsoleInput>,
     input_watched: bool,
     shutdown_timeout: Duration,
@@ -78,6 +86,7 @@ struct VmHandles {
     devices: super::Machine,
     requests_event: EventFd,
     room_event: EventFd,
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl MainLoop {
@@ -130,8 +139,11 @@ impl MainLoop {
             let number = info.ssi_signo as i32;
             match Signal::try_from(number) {
                 Ok(Signal::SIGINT) if self.terminal.is_some() => {
-                    self.vm.devices.serial.feed(&[0x03]);
+                    if let Some(line) = &self.line {
+                        line.feed(&[0x03]);
+                    }
                 }
+                Ok(Signal::SIGWINCH) => self.resize(),
                 Ok(Signal::SIGTSTP) => {
                     crate::terminal::restore();
                     let _ = raise(Signal::SIGSTOP);
@@ -140,6 +152,18 @@ impl MainLoop {
                 Ok(Signal::SIGCONT) => self.take_terminal(),
                 _ => self.shut_down(number),
             }
+        }
+    }
+
+    /// Tells the guest the size of the terminal.
+    fn resize(&self) {
+        let (Some((index, console)), Some((columns, rows))) = (&self.vm.devices.sized, terminal::size())
+        else {
+            return;
+        };
+        console.set_size(Size { columns, rows });
+        if let Some(transport) = self.vm.devices.transports.get(*index) {
+            transport.reconfigure();
         }
     }
 
@@ -157,12 +181,55 @@ impl MainLoop {
         }
         self.shutdown_signal = Some(signal);
         tracing::info!("signal {signal}: pressing the power button");
+        // A guest that rests could not shut down.
+        self.resume();
+        self.press_power();
+        self.arm(self.shutdown_timeout);
+    }
+
+    fn press_power(&self) {
         // A guest hears one of the two: with ACPI it is told that there is no keyboard, without it knows no button.
         self.vm.devices.i8042.press_ctrl_alt_del();
         if let Err(error) = self.vm.devices.power.press_button() {
             tracing::warn!("cannot press the power button: {error}");
         }
-        self.arm(self.shutdown_timeout);
+    }
+
+    fn pause(&mut self) -> Result<(), pause::Error> {
+        if self.controlled.state == State::Running {
+            let start = Instant::now();
+            let threads = self.vm.threads.lock().unwrap_or_else(PoisonError::into_inner);
+            pause::pause(&self.vm.shared.gate, &threads, self.vm.devices.transports())?;
+            self.controlled.state = State::Paused;
+            tracing::debug!("paused within {:?}", start.elapsed());
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) {
+        if self.controlled.state == State::Paused {
+            pause::resume(&self.vm.shared.gate, self.vm.devices.transports());
+            self.controlled.state = State::Running;
+        }
+    }
+
+    /// Carries out the commands that wait.
+    fn on_control(&mut self) {
+        while let Some((command, answer)) = self.control.take() {
+            tracing::debug!(?command, "command");
+            answer(match command {
+                Command::Pause => self.pause().map(|()| Reply::Done).map_err(control::Error::Pause),
+                Command::Resume => {
+                    self.resume();
+                    Ok(Reply::Done)
+                }
+                Command::PressPower => {
+                    self.press_power();
+                    Ok(Reply::Done)
+                }
+                other => self.controlled.carry_out(other, &self.vm.devices.transports),
+            });
+        }
     }
 
     fn on_input(&mut self, ops: &mut EventOps<'_>) {
@@ -220,17 +287,19 @@ impl MutEventSubscriber for MainLoop {
             INPUT => self.on_input(ops),
             ROOM => self.on_room(ops),
             TIMER => self.on_timer(),
+            CONTROL => self.on_control(),
             _ => {}
         }
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        let fixed: [(RawFd, u32); 5] = [
+        let fixed: [(RawFd, u32); 6] = [
             (self.vm.requests_event.as_raw_fd(), REQUESTS),
             (self.vm.shared.failed.as_raw_fd(), FAILURE),
             (self.signals.as_raw_fd(), SIGNALS),
             (self.vm.room_event.as_raw_fd(), ROOM),
             (self.timer.as_raw_fd(), TIMER),
+            (self.control.event().as_raw_fd(), CONTROL),
         ];
         for (fd, data) in fixed {
             if let Err(error) = ops.add(Events::with_data_raw(fd, data, EventSet::IN)) {
@@ -243,8 +312,8 @@ impl MutEventSubscriber for MainLoop {
 
 /// The signals that ask for the end.
 const ENDING: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
-/// The signals of a shell's job control.
-const JOB_CONTROL: [Signal; 2] = [Signal::SIGTSTP, Signal::SIGCONT];
+/// The signals of a shell's job control and of its terminal.
+const JOB_CONTROL: [Signal; 3] = [Signal::SIGTSTP, Signal::SIGCONT, Signal::SIGWINCH];
 
 /// A descriptor from which `signals` are read, which must be blocked.
 fn read_signals(signals: &SigSet) -> Result<SignalFd, nix::Error> {
@@ -272,41 +341,56 @@ fn drain(writer: ConsoleWriter, end: End) -> Result<End, Error> {
     Ok(writer.finish(patience, &signals).map_or(end, |signal| End::Killed { signal }))
 }
 
+/// Whoever still asks something of a VM that has ended is told so.
+struct ClosedAtEnd(Control);
+
+impl Drop for ClosedAtEnd {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
 /// Runs a VM until it ends.
 pub fn run(vm: Vm, timeline: &mut Timeline) -> Result<Ended, Error> {
     let signals = take_signals().map_err(Error::Signals)?;
     kvm::register_kick_signal()?;
-    let Vm { shared, vcpus, machine, requests_event, room_event, console, shutdown_timeout } = vm;
+    let Vm {
+        shared,
+        vcpus,
+        machine,
+        requests_event,
+        room_event,
+        consoles,
+        control,
+        controlled,
+        shutdown_timeout,
+    } = vm;
+    let _closed = ClosedAtEnd(control.clone());
 
-    let reads_stdin = console.as_ref().is_some_and(|console| console.reads_stdin);
-    let terminal = match reads_stdin {
-        true => RawTerminal::enter().map_err(Error::Terminal)?.map(Arc::new),
-        false => None,
+    let line = consoles.iter().find(|console| console.reads_stdin).map(|console| console.line.clone());
+    let terminal = match line {
+        Some(_) => RawTerminal::enter().map_err(Error::Terminal)?.map(Arc::new),
+        None => None,
     };
-    let input = match reads_stdin {
-        true => {
-            let input = ConsoleInput::new(machine.serial.clone(), terminal.is_some());
-            Some(input.map_err(|error| Error::Thread("input", error))?)
-        }
-        false => None,
-    };
+    let input = line.clone().map(|line| ConsoleInput::new(line, terminal.is_some()));
+    let input = input.transpose().map_err(|error| Error::Thread("input", error))?;
     let start_writer = |console: super::Console| -> Result<ConsoleWriter, Error> {
         let target: File = console.target;
-        ConsoleWriter::start(console.output, machine.serial.clone(), target)
+        ConsoleWriter::start(console.output, console.line, target)
             .map_err(|error| Error::Thread("console", error))
     };
-    let writer = console.map(start_writer).transpose()?;
+    let writers = consoles.into_iter().map(start_writer).collect::<Result<Vec<_>, _>>()?;
 
-    let vm = Arc::new(VmHandles { shared, devices: machine, requests_event, room_event });
-    let mut threads = Vec::with_capacity(vcpus.len());
+    let threads = Mutex::new(Vec::with_capacity(vcpus.len()));
+    let vm = Arc::new(VmHandles { shared, devices: machine, requests_event, room_event, threads });
     timeline.kvm_calls = kvm::take_call_times();
     timeline.mark("first KVM_RUN");
     for (vcpu, emulator) in vcpus {
         let thread = vcpu::spawn(vcpu, emulator, vm.shared.clone());
         match thread {
-            Ok(thread) => threads.push(thread),
+            Ok(thread) => vm.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread),
             Err(error) => {
-                stop(&vm, threads);
+                stop(&vm);
                 return Err(Error::Thread("vCPU", error));
             }
         }
@@ -314,21 +398,24 @@ pub fn run(vm: Vm, timeline: &mut Timeline) -> Result<Ended, Error> {
 
     let main_loop = MainLoop {
         vm: vm.clone(),
+        control,
+        controlled,
         signals,
         timer: TimerFd::new().map_err(Error::Timer)?,
         shutdown_signal: None,
         terminal,
+        line,
         input,
         input_watched: false,
         shutdown_timeout,
         end: None,
     };
     let result = serve(main_loop);
-    stop(&vm, threads);
-    let end = match writer {
-        Some(writer) => drain(writer, result?)?,
-        None => result?,
-    };
+    stop(&vm);
+    let mut end = result?;
+    for writer in writers {
+        end = drain(writer, end)?;
+    }
     for mark in vm.devices.guest_event.marks() {
         let name = match mark.value {
             value if value == BootMark::FirstProcess as u8 => "first process".to_owned(),
@@ -359,8 +446,10 @@ fn serve(main_loop: MainLoop) -> Result<End, Error> {
 }
 
 /// Stops the vCPUs, then the devices, so that nothing is in flight any more.
-fn stop(vm: &VmHandles, threads: Vec<JoinHandle<()>>) {
+fn stop(vm: &VmHandles) {
     vm.shared.stop.store(true, Ordering::Release);
+    vm.shared.gate.open();
+    let threads = std::mem::take(&mut *vm.threads.lock().unwrap_or_else(PoisonError::into_inner));
     while threads.iter().any(|thread| !thread.is_finished()) {
         threads.iter().filter(|thread| !thread.is_finished()).for_each(Kick::kick);
         std::thread::sleep(KICK_INTERVAL);

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::pause::Gate;
 use crate::bus::Bus;
 use crate::kvm::pvm::Emulator;
 use crate::kvm::{Exit, Vcpu};
@@ -48,6 +49,8 @@ pub struct VcpuShared {
     pub requests: Arc<GuestRequests>,
     /// Set when all vCPUs are to stop.
     pub stop: AtomicBool,
+    /// Where vCPUs rest while the VM is paused.
+    pub gate: Gate,
     /// The first failure of a vCPU.
     pub failure: Mutex<Option<Failure>>,
     /// Signalled when a failure was left.
@@ -104,7 +107,13 @@ fn run(vcpu: &mut Vcpu, mut emulator: Option<&mut Emulator>, shared: &VcpuShared
             break;
         }
         if interrupted {
+            // In this order: a kick that comes from here on makes the next run return at once.
             bound.clear_kick();
+            if shared.gate.is_closed() {
+                // What the guest's last access was owed, KVM has taken: the interrupted run completed it.
+                bound.vcpu().tell_paused();
+                shared.gate.rest(&shared.stop);
+            }
         }
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! What the tests stand on: the rvmm binary as a child process, guests, and honest skipping.
 
+pub mod api;
 pub mod guest;
 pub mod monitor;
 

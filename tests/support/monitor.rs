@@ -155,6 +155,16 @@ impl Running {
         self.child.id()
     }
 
+    /// Whether the guest has printed `text`.
+    pub fn has_shown(&self, text: &str) -> bool {
+        self.stdout.text().contains(text)
+    }
+
+    /// Whether the guest's output is at its end.
+    pub fn has_ended(&self) -> bool {
+        self.stdout.shared.0.lock().unwrap().ended
+    }
+
     /// Waits until the guest has printed `text`.
     pub fn expect(&self, text: &str) {
         self.expect_within(text, PATIENCE);

@@ -1,9 +1,11 @@
 //! What a VM is made of: inert data, from flags, a file or the API. Nothing here opens anything.
 
+mod balloon;
 mod disk;
 mod serial;
 mod size;
 
+pub use balloon::Balloon;
 pub use disk::{Disk, MAX_DISK_QUEUES};
 pub use serial::SerialConfig;
 pub use size::Size;
@@ -11,6 +13,8 @@ pub use size::Size;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+
+pub use crate::disk::{Cache as DiskCache, Io as DiskIo};
 
 use crate::boot::BootProtocol;
 use crate::memory;
@@ -60,6 +64,14 @@ pub enum Error {
     /// Two disks have one id.
     #[error("two disks have the id {0:?}")]
     DuplicateDiskId(String),
+    /// More memory in the balloon than in the guest.
+    #[error("a balloon of {wanted}: the guest has {memory} of memory")]
+    BalloonTooLarge {
+        /// What was asked for.
+        wanted: Size,
+        /// What the guest has.
+        memory: Size,
+    },
 }
 
 /// A whole VM.
@@ -84,8 +96,12 @@ pub struct VmConfig {
     pub disks: Vec<Disk>,
     /// Whether the guest gets random numbers from the host.
     pub rng: bool,
-    /// The console.
+    /// The memory balloon.
+    pub balloon: Option<Balloon>,
+    /// The first serial port.
     pub serial: SerialConfig,
+    /// The virtio console.
+    pub console: SerialConfig,
     /// Whether rvmm helps the guest over what this kind of KVM cannot do.
     pub host_quirks: bool,
     /// Seconds that a guest has to shut down after SIGTERM.
@@ -104,7 +120,9 @@ impl Default for VmConfig {
             rootfs: None,
             disks: vec![],
             rng: false,
+            balloon: None,
             serial: SerialConfig::default(),
+            console: SerialConfig::None,
             host_quirks: true,
             shutdown_timeout: 30,
         }
@@ -117,9 +135,20 @@ impl VmConfig {
         self.rootfs.iter().chain(&self.disks)
     }
 
+    /// Where the serial port leads. Standard input and output have room for one, and a virtio console there comes first.
+    pub fn serial_place(&self) -> &SerialConfig {
+        match (&self.console, &self.serial) {
+            (SerialConfig::Stdio, SerialConfig::Stdio) => &SerialConfig::None,
+            (_, serial) => serial,
+        }
+    }
+
     /// How many virtio devices the VM has.
     pub fn device_count(&self) -> usize {
-        self.all_disks().count() + usize::from(self.rng)
+        self.all_disks().count()
+            + usize::from(self.rng)
+            + usize::from(self.balloon.is_some())
+            + usize::from(self.console != SerialConfig::None)
     }
 
     /// The id of the disk at `index`, named or not.
@@ -145,6 +174,9 @@ impl VmConfig {
         let devices = self.device_count();
         if devices > VIRTIO_GSIS.len() {
             return Err(Error::TooManyDevices(devices));
+        }
+        if let Some(balloon) = &self.balloon {
+            balloon.check(self.memory)?;
         }
         let mut ids = std::collections::BTreeSet::new();
         for (index, disk) in self.all_disks().enumerate() {

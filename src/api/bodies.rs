@@ -1,0 +1,263 @@
+//! JSON bodies: Firecracker's names, with unknown fields refused.
+
+use std::path::{Path, PathBuf};
+
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
+
+use crate::vm::config::{self, DiskCache, DiskIo, VmConfig};
+use crate::vm::control::{BalloonReport, State};
+
+/// Answer to `GET /`.
+#[derive(Serialize)]
+pub struct InstanceInfo {
+    app_name: &'static str,
+    id: &'static str,
+    state: &'static str,
+    vmm_version: &'static str,
+}
+
+impl InstanceInfo {
+    pub fn new(state: State) -> Self {
+        let state = match state {
+            State::Running => "Running",
+            State::Paused => "Paused",
+        };
+        Self { app_name: "rvmm", id: "anonymous-instance", state, vmm_version: env!("CARGO_PKG_VERSION") }
+    }
+}
+
+/// Answer to `GET /version`.
+#[derive(Serialize)]
+pub struct Version {
+    /// Clients look for this name.
+    firecracker_version: &'static str,
+}
+
+impl Version {
+    pub fn new() -> Self {
+        Self { firecracker_version: env!("CARGO_PKG_VERSION") }
+    }
+}
+
+/// Body of `PATCH /vm`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vm {
+    pub state: VmState,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub enum VmState {
+    Paused,
+    Resumed,
+}
+
+/// Body of `PUT /actions`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Action {
+    pub action_type: ActionType,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub enum ActionType {
+    FlushMetrics,
+    InstanceStart,
+    SendCtrlAltDel,
+}
+
+/// Body of `PATCH /balloon`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonUpdate {
+    pub amount_mib: u32,
+}
+
+/// Body of `PATCH /balloon/statistics`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonStatsUpdate {
+    pub stats_polling_interval_s: u16,
+}
+
+/// Body of `PATCH /drives/{id}`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PartialDrive {
+    pub drive_id: String,
+    pub path_on_host: Option<PathBuf>,
+    pub rate_limiter: Option<IgnoredAny>,
+}
+
+/// Body of `PATCH /network-interfaces/{id}`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PartialNetworkInterface {
+    pub iface_id: String,
+    pub rx_rate_limiter: Option<IgnoredAny>,
+    pub tx_rate_limiter: Option<IgnoredAny>,
+}
+
+/// Answer to `GET /balloon`.
+#[derive(Serialize)]
+pub struct Balloon {
+    amount_mib: u64,
+    deflate_on_oom: bool,
+    stats_polling_interval_s: u32,
+    free_page_hinting: bool,
+    free_page_reporting: bool,
+}
+
+impl Balloon {
+    pub fn new(balloon: &config::Balloon) -> Self {
+        Self {
+            amount_mib: balloon.size.bytes() >> 20,
+            deflate_on_oom: balloon.deflate_on_oom,
+            stats_polling_interval_s: balloon.stats_interval,
+            free_page_hinting: false,
+            free_page_reporting: balloon.free_page_reporting,
+        }
+    }
+}
+
+/// Names of the guest's statistics, by their tag.
+const STATISTICS: [&str; 16] = [
+    "swap_in",
+    "swap_out",
+    "major_faults",
+    "minor_faults",
+    "free_memory",
+    "total_memory",
+    "available_memory",
+    "disk_caches",
+    "hugetlb_allocations",
+    "hugetlb_failures",
+    "oom_kill",
+    "alloc_stall",
+    "async_scan",
+    "direct_scan",
+    "async_reclaim",
+    "direct_reclaim",
+];
+
+/// Pages of the balloon in a MiB.
+const PAGES_PER_MIB: u32 = 256;
+
+/// Answer to `GET /balloon/statistics`; `None` if there are none.
+pub fn balloon_statistics(report: &BalloonReport) -> Option<serde_json::Value> {
+    let statistics = report.statistics?;
+    let fixed = [
+        ("target_pages", report.target_pages),
+        ("actual_pages", report.actual_pages),
+        ("target_mib", report.target_pages / PAGES_PER_MIB),
+        ("actual_mib", report.actual_pages / PAGES_PER_MIB),
+    ];
+    let fixed = fixed.into_iter().map(|(name, value)| (name, u64::from(value)));
+    // What the guest does not tell is left out.
+    let told = STATISTICS.iter().zip(statistics).filter_map(|(name, value)| Some((*name, value?)));
+    Some(fixed.chain(told).map(|(name, value)| (name.to_owned(), serde_json::Value::from(value))).collect())
+}
+
+/// Answer to `GET /machine-config`.
+#[derive(Serialize)]
+pub struct MachineConfiguration {
+    vcpu_count: u32,
+    mem_size_mib: u64,
+    smt: bool,
+    track_dirty_pages: bool,
+    huge_pages: &'static str,
+}
+
+impl MachineConfiguration {
+    pub fn new(config: &VmConfig) -> Self {
+        Self {
+            vcpu_count: config.cpus,
+            mem_size_mib: config.memory.bytes() >> 20,
+            smt: false,
+            track_dirty_pages: false,
+            huge_pages: "None",
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct BootSource<'a> {
+    kernel_image_path: &'a Path,
+    initrd_path: Option<&'a Path>,
+    boot_args: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct Drive<'a> {
+    drive_id: String,
+    partuuid: Option<&'a str>,
+    is_root_device: bool,
+    cache_type: &'static str,
+    is_read_only: bool,
+    path_on_host: &'a Path,
+    rate_limiter: Option<&'a str>,
+    io_engine: &'static str,
+    socket: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct Entropy<'a> {
+    rate_limiter: Option<&'a str>,
+}
+
+/// Answer to `GET /vm/config`. What rvmm does not have is null.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FullVmConfiguration<'a> {
+    balloon: Option<Balloon>,
+    drives: Vec<Drive<'a>>,
+    boot_source: BootSource<'a>,
+    cpu_config: Option<&'a str>,
+    logger: Option<&'a str>,
+    machine_config: MachineConfiguration,
+    metrics: Option<&'a str>,
+    mmds_config: Option<&'a str>,
+    network_interfaces: [&'a str; 0],
+    vsock: Option<&'a str>,
+    entropy: Option<Entropy<'a>>,
+}
+
+impl<'a> FullVmConfiguration<'a> {
+    pub fn new(config: &'a VmConfig) -> Self {
+        let drive = |(index, disk): (usize, &'a config::Disk)| Drive {
+            drive_id: VmConfig::disk_id(index, disk),
+            partuuid: None,
+            is_root_device: index == 0 && config.rootfs.is_some(),
+            cache_type: match disk.cache {
+                DiskCache::Writeback => "Writeback",
+                DiskCache::Unsafe => "Unsafe",
+            },
+            is_read_only: disk.readonly,
+            path_on_host: &disk.path,
+            rate_limiter: None,
+            io_engine: match disk.io {
+                DiskIo::Auto | DiskIo::Uring => "Async",
+                DiskIo::Sync => "Sync",
+            },
+            socket: None,
+        };
+        Self {
+            balloon: config.balloon.as_ref().map(Balloon::new),
+            drives: config.all_disks().enumerate().map(drive).collect(),
+            boot_source: BootSource {
+                kernel_image_path: config.kernel.as_deref().unwrap_or(Path::new("")),
+                initrd_path: config.initrd.as_deref(),
+                boot_args: config.cmdline.as_deref(),
+            },
+            cpu_config: None,
+            logger: None,
+            machine_config: MachineConfiguration::new(config),
+            metrics: None,
+            mmds_config: None,
+            network_interfaces: [],
+            vsock: None,
+            entropy: config.rng.then_some(Entropy { rate_limiter: None }),
+        }
+    }
+}

@@ -1,0 +1,367 @@
+//! From requests to commands, and from what comes of them to answers.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::bodies::{
+    self, Action, ActionType, Balloon, BalloonStatsUpdate, BalloonUpdate, FullVmConfiguration, InstanceInfo,
+    MachineConfiguration, PartialDrive, PartialNetworkInterface, Version, Vm, VmState,
+};
+use crate::vm::config::Size;
+use crate::vm::control::{self, Command, Reply};
+
+const OK: u16 = 200;
+pub(super) const NO_CONTENT: u16 = 204;
+const BAD_REQUEST: u16 = 400;
+const REQUEST_TIMEOUT: u16 = 408;
+const PAYLOAD_TOO_LARGE: u16 = 413;
+const INTERNAL_SERVER_ERROR: u16 = 500;
+const SERVICE_UNAVAILABLE: u16 = 503;
+
+/// What a client gets.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Answer {
+    pub status: u16,
+    /// JSON, or nothing.
+    pub body: String,
+}
+
+impl Answer {
+    fn nothing() -> Self {
+        Self { status: NO_CONTENT, body: String::new() }
+    }
+
+    fn json(status: u16, body: &impl Serialize) -> Self {
+        match serde_json::to_string(body) {
+            Ok(body) => Self { status, body },
+            // Only a path that is no text cannot be said in JSON.
+            Err(error) => Fault { status: INTERNAL_SERVER_ERROR, message: error.to_string() }.answer(),
+        }
+    }
+}
+
+/// Why a client does not get what it asked for.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Fault {
+    status: u16,
+    message: String,
+}
+
+#[derive(Serialize)]
+struct FaultBody<'a> {
+    fault_message: &'a str,
+}
+
+impl Fault {
+    pub fn bad_request(message: impl Into<String>) -> Self {
+        Self { status: BAD_REQUEST, message: message.into() }
+    }
+
+    pub fn too_large(limit: usize) -> Self {
+        Self { status: PAYLOAD_TOO_LARGE, message: format!("a request's body has at most {limit} bytes") }
+    }
+
+    pub fn timed_out() -> Self {
+        Self { status: REQUEST_TIMEOUT, message: "the request's body did not come in time".into() }
+    }
+
+    pub fn answer(self) -> Answer {
+        Answer::json(self.status, &FaultBody { fault_message: &self.message })
+    }
+}
+
+impl From<control::Error> for Fault {
+    fn from(error: control::Error) -> Self {
+        let status = match error {
+            control::Error::Ended | control::Error::Busy => SERVICE_UNAVAILABLE,
+            control::Error::Pause(_) => INTERNAL_SERVER_ERROR,
+            control::Error::NoBalloon
+            | control::Error::NoStatistics
+            | control::Error::BalloonTooLarge { .. }
+            | control::Error::NoDisk(_)
+            | control::Error::Disk(_) => BAD_REQUEST,
+        };
+        Self { status, message: crate::error_chain(&error) }
+    }
+}
+
+/// What of a reply a client wants to see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    Nothing,
+    Instance,
+    FullConfig,
+    MachineConfig,
+    Balloon,
+    BalloonStatistics,
+}
+
+/// What a request comes to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Route {
+    /// An answer that needs no command.
+    Answer(Answer),
+    /// A command, and how its reply is shown.
+    Command(Command, Shape),
+}
+
+/// Places that can be written only before the machine starts, which it has long done.
+const BEFORE_START: [&str; 14] = [
+    "balloon",
+    "boot-source",
+    "cpu-config",
+    "drives",
+    "entropy",
+    "hotplug",
+    "logger",
+    "machine-config",
+    "metrics",
+    "mmds",
+    "network-interfaces",
+    "pmem",
+    "serial",
+    "vsock",
+];
+
+/// Finds out what a request asks for.
+pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Route, Fault> {
+    let unknown = || Fault::bad_request(format!("Invalid request method and/or path: {method} {path}."));
+    let place: Vec<&str> = path.trim_start_matches('/').split_terminator('/').collect();
+    match (method, body.is_empty()) {
+        ("GET", false) => return Err(Fault::bad_request("GET request cannot have a body.")),
+        ("PUT" | "PATCH", true) => return Err(Fault::bad_request(format!("Empty {method} request."))),
+        ("GET" | "PUT" | "PATCH", _) => {}
+        _ => return Err(unknown()),
+    }
+    let command = match (method, place.as_slice()) {
+        ("GET", []) => Route::Command(Command::State, Shape::Instance),
+        ("GET", ["version"]) => Route::Answer(Answer::json(OK, &Version::new())),
+        ("GET", ["vm", "config"]) => Route::Command(Command::Config, Shape::FullConfig),
+        ("GET", ["machine-config"]) => Route::Command(Command::Config, Shape::MachineConfig),
+        ("GET", ["balloon"]) => Route::Command(Command::Config, Shape::Balloon),
+        ("GET", ["balloon", "statistics"]) => Route::Command(Command::Balloon, Shape::BalloonStatistics),
+        ("PATCH", ["vm"]) => done(match parse::<Vm>(body)?.state {
+            VmState::Paused => Command::Pause,
+            VmState::Resumed => Command::Resume,
+        }),
+        ("PATCH", ["balloon"]) => {
+            done(Command::SetBalloon(Size(u64::from(parse::<BalloonUpdate>(body)?.amount_mib) << 20)))
+        }
+        ("PATCH", ["balloon", "statistics"]) => {
+            let seconds = parse::<BalloonStatsUpdate>(body)?.stats_polling_interval_s;
+            done(Command::SetStatsInterval(Duration::from_secs(seconds.into())))
+        }
+        ("PATCH", ["drives", id]) => patch_drive(id, parse(body)?)?,
+        ("PATCH", ["network-interfaces", id]) => patch_network_interface(id, &parse(body)?)?,
+        ("PUT", ["actions"]) => put_action(parse::<Action>(body)?.action_type)?,
+        ("PUT", [first, ..]) if BEFORE_START.contains(first) => return Err(after_start()),
+        ("PATCH", ["machine-config"]) => return Err(after_start()),
+        _ => return Err(unknown()),
+    };
+    Ok(command)
+}
+
+fn done(command: Command) -> Route {
+    Route::Command(command, Shape::Nothing)
+}
+
+fn after_start() -> Fault {
+    Fault::bad_request("The requested operation is not supported after starting the microVM.")
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
+    serde_json::from_slice(body).map_err(|error| {
+        Fault::bad_request(format!(
+            "An error occurred when deserializing the json body of a request: {error}."
+        ))
+    })
+}
+
+fn check_id(path: &str, body: &str) -> Result<(), Fault> {
+    match path == body {
+        true => Ok(()),
+        false => Err(Fault::bad_request(format!("the id is {path:?} in the path and {body:?} in the body"))),
+    }
+}
+
+fn patch_drive(id: &str, drive: PartialDrive) -> Result<Route, Fault> {
+    check_id(id, &drive.drive_id)?;
+    if drive.rate_limiter.is_some() {
+        return Err(Fault::bad_request("this drive has no rate limiter"));
+    }
+    let path = drive.path_on_host.ok_or_else(|| Fault::bad_request("there is nothing to change"))?;
+    Ok(done(Command::SetImage { disk: drive.drive_id, path }))
+}
+
+fn patch_network_interface(id: &str, interface: &PartialNetworkInterface) -> Result<Route, Fault> {
+    check_id(id, &interface.iface_id)?;
+    if interface.rx_rate_limiter.is_none() && interface.tx_rate_limiter.is_none() {
+        return Err(Fault::bad_request("there is nothing to change"));
+    }
+    Err(Fault::bad_request(format!("the VM has no network interface {id:?}")))
+}
+
+fn put_action(action: ActionType) -> Result<Route, Fault> {
+    match action {
+        ActionType::SendCtrlAltDel => Ok(done(Command::PressPower)),
+        // As in Firecracker where no metrics were asked for: all that was to be written is written.
+        ActionType::FlushMetrics => Ok(Route::Answer(Answer::nothing())),
+        ActionType::InstanceStart => Err(after_start()),
+    }
+}
+
+/// Shows a reply.
+pub fn answer(reply: Reply, shape: Shape) -> Result<Answer, Fault> {
+    Ok(match (reply, shape) {
+        (Reply::State(state), Shape::Instance) => Answer::json(OK, &InstanceInfo::new(state)),
+        (Reply::Config(config), Shape::FullConfig) => Answer::json(OK, &FullVmConfiguration::new(&config)),
+        (Reply::Config(config), Shape::MachineConfig) => {
+            Answer::json(OK, &MachineConfiguration::new(&config))
+        }
+        (Reply::Config(config), Shape::Balloon) => {
+            Answer::json(OK, &Balloon::new(config.balloon.as_ref().ok_or(control::Error::NoBalloon)?))
+        }
+        (Reply::Balloon(report), Shape::BalloonStatistics) => {
+            Answer::json(OK, &bodies::balloon_statistics(&report).ok_or(control::Error::NoStatistics)?)
+        }
+        _ => Answer::nothing(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fault(method: &str, path: &str, body: &str) -> String {
+        match route(method, path, body.as_bytes()) {
+            Err(fault) => {
+                assert_eq!(fault.status, BAD_REQUEST);
+                let body = fault.answer().body;
+                let value: serde_json::Value = serde_json::from_str(&body).unwrap();
+                value.get("fault_message").and_then(|message| message.as_str()).unwrap().to_owned()
+            }
+            Ok(route) => panic!("{method} {path} {body}: {route:?}"),
+        }
+    }
+
+    fn command(method: &str, path: &str, body: &str) -> Command {
+        match route(method, path, body.as_bytes()) {
+            Ok(Route::Command(command, _)) => command,
+            other => panic!("{method} {path} {body}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn requests_become_commands() {
+        assert_eq!(command("GET", "/", ""), Command::State);
+        assert_eq!(command("GET", "", ""), Command::State);
+        assert_eq!(command("GET", "/vm/config", ""), Command::Config);
+        assert_eq!(command("PATCH", "/vm", r#"{"state":"Paused"}"#), Command::Pause);
+        assert_eq!(command("PATCH", "/vm/", r#" { "state" : "Resumed" } "#), Command::Resume);
+        assert_eq!(command("PATCH", "/balloon", r#"{"amount_mib":64}"#), Command::SetBalloon(Size(64 << 20)));
+        assert_eq!(
+            command("PATCH", "/balloon/statistics", r#"{"stats_polling_interval_s":2}"#),
+            Command::SetStatsInterval(Duration::from_secs(2))
+        );
+        assert_eq!(command("PUT", "/actions", r#"{"action_type":"SendCtrlAltDel"}"#), Command::PressPower);
+        assert_eq!(
+            command("PATCH", "/drives/d", r#"{"drive_id":"d","path_on_host":"/x"}"#),
+            Command::SetImage { disk: "d".into(), path: "/x".into() }
+        );
+        let flush = route("PUT", "/actions", br#"{"action_type":"FlushMetrics"}"#);
+        assert_eq!(flush, Ok(Route::Answer(Answer::nothing())));
+    }
+
+    #[test]
+    fn wrong_requests_are_faults() {
+        for (method, path, body, says) in [
+            ("GET", "/nothing", "", "Invalid request method and/or path: GET /nothing."),
+            ("GET", "/vm", "", "Invalid request"),
+            ("DELETE", "/vm", "", "Invalid request"),
+            ("POST", "/actions", "{}", "Invalid request"),
+            ("GET", "/", "{}", "GET request cannot have a body."),
+            ("PATCH", "/vm", "", "Empty PATCH request."),
+            ("PUT", "/actions", "", "Empty PUT request."),
+            ("PATCH", "/vm", "{", "deserializing the json body"),
+            ("PATCH", "/vm", "{}", "missing field `state`"),
+            ("PATCH", "/vm", r#"{"state":"Stopped"}"#, "unknown variant `Stopped`"),
+            ("PATCH", "/vm", r#"{"state":"Paused","x":1}"#, "unknown field `x`"),
+            ("PATCH", "/vm", r#"{"state":"Paused","state":"Resumed"}"#, "duplicate field"),
+            ("PATCH", "/vm", r#"{"state":"Paused"}{"#, "trailing characters"),
+            ("PATCH", "/balloon", r#"{"amount_mib":-1}"#, "invalid value"),
+            ("PATCH", "/balloon", r#"{"amount_mib":99999999999}"#, "invalid value"),
+            ("PATCH", "/balloon", r#"{"amount_mib":"64"}"#, "invalid type"),
+            ("PATCH", "/drives/a", r#"{"drive_id":"b","path_on_host":"/x"}"#, "\"a\" in the path"),
+            ("PATCH", "/drives/a", r#"{"drive_id":"a"}"#, "nothing to change"),
+            ("PATCH", "/drives/", r#"{"drive_id":"a"}"#, "Invalid request"),
+            (
+                "PATCH",
+                "/network-interfaces/e",
+                r#"{"iface_id":"e","rx_rate_limiter":{}}"#,
+                "no network interface \"e\"",
+            ),
+            ("PUT", "/actions", r#"{"action_type":"InstanceStart"}"#, "not supported after starting"),
+            ("PUT", "/machine-config", r#"{"vcpu_count":2}"#, "not supported after starting"),
+            ("PUT", "/drives/x", "nonsense", "not supported after starting"),
+        ] {
+            let message = fault(method, path, body);
+            assert!(message.contains(says), "{method} {path} {body}: {message}");
+        }
+        let deep = "[".repeat(50_000);
+        assert!(fault("PATCH", "/vm", &deep).contains("deserializing"));
+        assert!(matches!(route("PATCH", "/vm", &[0xff; 100]), Err(Fault { status: BAD_REQUEST, .. })));
+    }
+
+    #[test]
+    fn replies_have_the_names_that_clients_know() {
+        use crate::vm::config::{Disk, VmConfig};
+        let config = VmConfig {
+            kernel: Some("vmlinux".into()),
+            cmdline: Some("quiet".into()),
+            cpus: 2,
+            rootfs: Some(Disk { readonly: true, ..Disk::new("root.img") }),
+            disks: vec![Disk { id: Some("data".into()), ..Disk::new("data.img") }],
+            balloon: Some("size=64M,stats-interval=3".parse().unwrap()),
+            ..VmConfig::default()
+        };
+        let show = |reply, shape| -> serde_json::Value {
+            let answer = answer(reply, shape).unwrap();
+            assert_eq!(answer.status, OK);
+            serde_json::from_str(&answer.body).unwrap()
+        };
+        let value = show(Reply::Config(Box::new(config.clone())), Shape::FullConfig);
+        let at = |path: &str| value.pointer(path).unwrap_or_else(|| panic!("{path} in {value}")).clone();
+        assert_eq!(at("/machine-config/vcpu_count"), 2);
+        assert_eq!(at("/machine-config/mem_size_mib"), 256);
+        assert_eq!(at("/boot-source/kernel_image_path"), "vmlinux");
+        assert_eq!(at("/boot-source/boot_args"), "quiet");
+        assert_eq!(at("/drives/0/drive_id"), "disk0");
+        assert_eq!(at("/drives/0/is_root_device"), true);
+        assert_eq!(at("/drives/0/is_read_only"), true);
+        assert_eq!(at("/drives/1/drive_id"), "data");
+        assert_eq!(at("/drives/1/cache_type"), "Writeback");
+        assert_eq!(at("/balloon/amount_mib"), 64);
+        let balloon = show(Reply::Config(Box::new(config.clone())), Shape::Balloon);
+        assert_eq!(balloon.get("stats_polling_interval_s").unwrap(), 3);
+        let none = VmConfig { balloon: None, ..config };
+        assert!(answer(Reply::Config(Box::new(none)), Shape::Balloon).is_err());
+
+        let mut statistics = [None; 16];
+        (statistics[4], statistics[15]) = (Some(1 << 40), Some(7));
+        let report =
+            control::BalloonReport { target_pages: 512, actual_pages: 256, statistics: Some(statistics) };
+        let value = show(Reply::Balloon(Box::new(report.clone())), Shape::BalloonStatistics);
+        let expected = serde_json::json!({
+            "target_pages": 512, "actual_pages": 256, "target_mib": 2, "actual_mib": 1,
+            "free_memory": 1u64 << 40, "direct_reclaim": 7,
+        });
+        assert_eq!(value, expected);
+        let silent = control::BalloonReport { statistics: None, ..report };
+        assert!(answer(Reply::Balloon(Box::new(silent)), Shape::BalloonStatistics).is_err());
+        let state = show(Reply::State(control::State::Paused), Shape::Instance);
+        assert_eq!(state.get("state").unwrap(), "Paused");
+        assert_eq!(answer(Reply::Done, Shape::Nothing), Ok(Answer::nothing()));
+    }
+}
