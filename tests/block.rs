@@ -21,7 +21,8 @@ fn is_clean(path: &Path) {
     tool("e2fsck", &["-fn", path.to_str().unwrap()]);
 }
 
-fn verify_with_fio(options: &str, cpus: &str) {
+/// Writes `mib` MiB at random, and trims and rewrites a sixth of it.
+fn verify_with_fio(options: &str, cpus: &str, mib: u32) {
     if !has_fast_kvm() {
         return;
     }
@@ -29,13 +30,14 @@ fn verify_with_fio(options: &str, cpus: &str) {
     let directory = directory();
     let path = directory.path().join("data");
     image(&path, 64 * MIB);
-    let script = Script::new(
+    let script = Script::new(&format!(
+        "mib={mib}{}",
         r#"
 fio --name=random --filename=/dev/vdc --size=48m --rw=randwrite --bsrange=512-64k --ioengine=libaio --iodepth=16 \
-    --direct=1 --verify=crc32c --do_verify=1 --verify_fatal=1 --io_size=24m --fsync=64 >/tmp/random 2>&1
+    --direct=1 --verify=crc32c --do_verify=1 --verify_fatal=1 --io_size=${mib}m --fsync=64 >/tmp/random 2>&1
 report random $?
 fio --name=trim --filename=/dev/vdc --size=48m --rw=randtrimwrite --bs=4k --ioengine=libaio --iodepth=4 --direct=1 \
-    --io_size=4m >/tmp/trim 2>&1
+    --io_size=$((mib * 170))k >/tmp/trim 2>&1
 report trim $?
 fio --name=again --filename=/dev/vdc --offset=48m --size=12m --rw=write --bs=128k --ioengine=psync --fsync=8 \
     --numjobs=1 --verify=crc32c --do_verify=1 --verify_fatal=1 >/tmp/again 2>&1
@@ -44,7 +46,7 @@ report again $?
 report queues $(ls /sys/block/vdc/mq | wc -l)
 dmesg | grep -i 'i/o error\|vdc.*error'
 report quiet $?"#,
-    );
+    ));
     let monitor = script
         .on(linux.monitor_with_memory("256M").args(["--cpus", cpus]))
         .args(["--disk", &disk(&path, options)]);
@@ -55,17 +57,23 @@ report quiet $?"#,
 
 #[test]
 fn fio_verifies_what_it_wrote_with_io_uring() {
-    verify_with_fio(",io=uring", "1");
+    verify_with_fio(",io=uring", "1", 12);
 }
 
 #[test]
 fn fio_verifies_what_it_wrote_with_system_calls() {
-    verify_with_fio(",io=sync", "1");
+    verify_with_fio(",io=sync", "1", 12);
 }
 
 #[test]
 fn fio_verifies_what_it_wrote_through_several_queues() {
-    verify_with_fio(",queues=2", "2");
+    verify_with_fio(",queues=2", "2", 6);
+}
+
+#[test]
+#[ignore = "long: scripts/test --long runs it"]
+fn fio_verifies_much_more_through_several_queues() {
+    verify_with_fio(",queues=2", "2", 48);
 }
 
 #[test]
