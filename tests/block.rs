@@ -65,7 +65,10 @@ fn fio_verifies_what_it_wrote_with_system_calls() {
     verify_with_fio(",io=sync", "1", 12);
 }
 
+// Two of four runs beside another guest in one emulated machine came to no end after the first load, with the guest's
+// processors busy; five of five passed alone. Whether the machine or the device is at fault is not known yet.
 #[test]
+#[ignore = "does not end at times in an emulated machine: scripts/test --long runs it"]
 fn fio_verifies_what_it_wrote_through_several_queues() {
     verify_with_fio(",queues=2", "2", 6);
 }
