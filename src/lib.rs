@@ -3,9 +3,10 @@
 //! Dependencies between modules point down only:
 //!
 //! - `main -> cli -> {api, vm}`; `api -> vm`
-//! - `vm -> {boot, virtio, legacy, bus, kvm, memory, disk}`
+//! - `vm -> {boot, virtio, legacy, bus, kvm, memory, disk, fileserver}`
 //! - `cli -> doctor -> {kvm, vm}`
-//! - `virtio -> {memory, disk}`, never `kvm` or `vm`: it is handed event descriptors
+//! - `fileserver -> fuse`: a process of its own
+//! - `virtio -> {memory, disk, fuse}`, never `kvm` or `vm`: it is handed event descriptors
 //! - `boot -> memory`; `legacy`, `disk`, `memory`, `bus` -> crates only
 //! - `platform` holds addresses and numbers, and every module may use it
 //!
@@ -17,6 +18,8 @@ pub mod bus;
 pub mod cli;
 pub mod disk;
 pub mod doctor;
+pub mod fileserver;
+pub mod fuse;
 pub mod kvm;
 pub mod legacy;
 pub mod memory;

@@ -3,6 +3,7 @@
 mod boot;
 mod completions;
 mod doctor;
+mod file_server;
 mod hint;
 mod logging;
 mod man;
@@ -39,6 +40,8 @@ enum Command {
     Completions(completions::CompletionsArguments),
     Doctor(doctor::DoctorArguments),
     Man(man::ManArguments),
+    #[command(name = crate::fileserver::SUBCOMMAND, hide = true)]
+    FileServer(file_server::FileServerArguments),
 }
 
 /// The whole command line as clap knows it, for completions and manual pages.
@@ -55,6 +58,7 @@ pub fn main(timeline: Timeline) -> ExitCode {
         Some(Command::Completions(arguments)) => completions::run(&arguments),
         Some(Command::Doctor(arguments)) => doctor::run(&arguments),
         Some(Command::Man(arguments)) => man::run(&arguments),
+        Some(Command::FileServer(arguments)) => file_server::run(&arguments),
     };
     result.unwrap_or_else(|error| {
         report(&error, verbose);
