@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use super::logging::{self, LogLevel};
 use crate::api;
 use crate::boot::BootProtocol;
-use crate::vm::config::{self, Balloon, Disk, SerialConfig, Size, VmConfig};
+use crate::vm::config::{self, Balloon, Disk, SerialConfig, Share, Size, VmConfig};
 use crate::vm::{self, Timeline};
 
 /// Shown after the long help.
@@ -63,6 +63,10 @@ pub struct BootArguments {
     /// A further disk, with the same options as --rootfs; may be repeated
     #[arg(long, value_name = "PATH[,…]")]
     disk: Vec<Disk>,
+    /// Share a folder with the guest: tag=NAME,path=DIR[,readonly][,devices][,cache=auto|always]; may be repeated.
+    /// The guest mounts it with `mount -t virtiofs NAME DIRECTORY`
+    #[arg(long, value_name = "tag=NAME,path=DIR[,…]")]
+    share: Vec<Share>,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
@@ -124,6 +128,7 @@ impl BootArguments {
         config.cmdline = self.cmdline.clone().or(config.cmdline);
         config.rootfs = self.rootfs.clone().or(config.rootfs);
         config.disks.extend(self.disk.iter().cloned());
+        config.shares.extend(self.share.iter().cloned());
         config.cpus = self.cpus.unwrap_or(config.cpus);
         config.memory = self.memory.unwrap_or(config.memory);
         config.rng |= self.rng;

@@ -13,6 +13,7 @@ pub mod block;
 pub mod chain;
 pub mod console;
 pub mod device;
+pub mod fs;
 pub mod mmio;
 pub mod queue;
 pub mod rng;

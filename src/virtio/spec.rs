@@ -221,3 +221,11 @@ pub mod console {
     /// Output, which the driver transmits (§5.3.2).
     pub const TRANSMIT: u16 = 1;
 }
+
+/// The file system device (§5.11).
+pub mod fs {
+    /// Device number (§5).
+    pub const ID: u32 = 26;
+    /// Length of the tag (§5.11.4).
+    pub const TAG_BYTES: usize = 36;
+}

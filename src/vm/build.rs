@@ -108,7 +108,7 @@ pub enum Error {
 pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
     config.validate(host_memory_bytes())?;
     let room_event = event()?;
-    let (mut devices, handles) = devices::open(config)?;
+    let (mut devices, mut handles) = devices::open(config)?;
     let mut consoles = Vec::new();
     let mut sized = None;
     if let Some((device, handle, console)) = open_virtio_console(config, &room_event)? {
@@ -196,6 +196,9 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
     }
     timeline.mark("vCPUs made");
 
+    for server in &mut handles.file_servers {
+        server.wait_ready().map_err(devices::Error::from)?;
+    }
     let shared = VcpuShared {
         ports,
         mmio,

@@ -4,9 +4,11 @@ use std::time::Duration;
 
 use super::config::{self, VmConfig};
 use crate::disk;
+use crate::fileserver;
 use crate::virtio::Device;
 use crate::virtio::balloon::{Balloon, BalloonHandle, BalloonOptions, PAGE_BYTES};
 use crate::virtio::block::{Block, BlockHandle, BlockOptions};
+use crate::virtio::fs::{Fs, FsOptions};
 use crate::virtio::rng::Rng;
 
 /// Queues of a disk that says nothing of them, at most.
@@ -18,6 +20,9 @@ pub enum Error {
     /// A disk image.
     #[error(transparent)]
     Disk(#[from] disk::Error),
+    /// A shared folder.
+    #[error(transparent)]
+    Share(#[from] fileserver::Error),
 }
 
 /// What sees and changes devices while the VM runs.
@@ -27,6 +32,8 @@ pub(super) struct Handles {
     pub(super) disks: Vec<DiskHandle>,
     /// The balloon, and its place among the devices.
     pub(super) balloon: Option<(usize, BalloonHandle)>,
+    /// The processes behind shared folders, which get ready meanwhile and end with the VM.
+    pub(super) file_servers: Vec<fileserver::Process>,
 }
 
 /// A disk while the VM runs.
@@ -52,6 +59,11 @@ pub(super) fn open(config: &VmConfig) -> Result<(Vec<Box<dyn Device>>, Handles),
         handles.balloon = Some((devices.len(), handle));
         devices.push(Box::new(device));
     }
+    for share in &config.shares {
+        let (process, device) = open_share(share)?;
+        handles.file_servers.push(process);
+        devices.push(Box::new(device));
+    }
     Ok((devices, handles))
 }
 
@@ -71,4 +83,10 @@ fn open_disk(config: &VmConfig, index: usize, disk: &config::Disk) -> Result<Blo
     let queues = disk.queues.unwrap_or(config.cpus.min(DEFAULT_DISK_QUEUES) as u16);
     let serial = VmConfig::disk_id(index, disk);
     Ok(Block::new(image, &BlockOptions { serial, queues, ..BlockOptions::default() }))
+}
+
+fn open_share(share: &config::Share) -> Result<(fileserver::Process, Fs), Error> {
+    let (process, stream) = fileserver::start(&share.path, &share.options())?;
+    let device = Fs::new(stream, &FsOptions { tag: share.tag.clone(), queues: 1 });
+    Ok((process, device))
 }

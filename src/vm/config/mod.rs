@@ -3,11 +3,13 @@
 mod balloon;
 mod disk;
 mod serial;
+mod share;
 mod size;
 
 pub use balloon::Balloon;
 pub use disk::{Disk, MAX_DISK_QUEUES};
 pub use serial::SerialConfig;
+pub use share::{MAX_TAG_BYTES, Share};
 pub use size::Size;
 
 use std::path::{Path, PathBuf};
@@ -72,6 +74,12 @@ pub enum Error {
         /// What the guest has.
         memory: Size,
     },
+    /// A shared folder's tag does not fit.
+    #[error("tag {0:?}: a shared folder's tag has 1 to {MAX_TAG_BYTES} bytes of printable ASCII")]
+    ShareTag(String),
+    /// Two shared folders have one tag.
+    #[error("two shared folders have the tag {0:?}")]
+    DuplicateShareTag(String),
 }
 
 /// A whole VM.
@@ -98,6 +106,8 @@ pub struct VmConfig {
     pub rng: bool,
     /// The memory balloon.
     pub balloon: Option<Balloon>,
+    /// Shared folders.
+    pub shares: Vec<Share>,
     /// The first serial port.
     pub serial: SerialConfig,
     /// The virtio console.
@@ -121,6 +131,7 @@ impl Default for VmConfig {
             disks: vec![],
             rng: false,
             balloon: None,
+            shares: vec![],
             serial: SerialConfig::default(),
             console: SerialConfig::None,
             host_quirks: true,
@@ -147,6 +158,7 @@ impl VmConfig {
     pub fn device_count(&self) -> usize {
         self.all_disks().count()
             + usize::from(self.rng)
+            + self.shares.len()
             + usize::from(self.balloon.is_some())
             + usize::from(self.console != SerialConfig::None)
     }
@@ -184,6 +196,13 @@ impl VmConfig {
             let id = Self::disk_id(index, disk);
             if !ids.insert(id.clone()) {
                 return Err(Error::DuplicateDiskId(id));
+            }
+        }
+        let mut tags = std::collections::BTreeSet::new();
+        for share in &self.shares {
+            share.check()?;
+            if !tags.insert(&share.tag) {
+                return Err(Error::DuplicateShareTag(share.tag.clone()));
             }
         }
         Ok(())
@@ -266,6 +285,12 @@ mod tests {
             config(|c| c.disks = vec![Disk { id: Some("disk1".into()), ..Disk::new("x") }, Disk::new("y")]),
             Err(Error::DuplicateDiskId("disk1".into()))
         );
+        assert_eq!(config(|c| c.shares = vec![Share::new("", "x")]), Err(Error::ShareTag("".into())));
+        assert_eq!(
+            config(|c| c.shares = vec![Share::new("a", "x"), Share::new("a", "y")]),
+            Err(Error::DuplicateShareTag("a".into()))
+        );
+        assert_eq!(config(|c| c.shares = vec![Share::new("a", "x"); 19]), Err(Error::TooManyDevices(19)));
     }
 
     #[test]
@@ -281,9 +306,15 @@ mod tests {
         std::fs::write(&json, serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(read_file(&json).unwrap(), config);
         let toml = directory.path().join("vm.toml");
-        std::fs::write(&toml, "memory = '1G'\ncpus = 2\n[[disks]]\npath = 'a'\nreadonly = true\n").unwrap();
+        std::fs::write(
+            &toml,
+            "memory = '1G'\ncpus = 2\n[[disks]]\npath = 'a'\nreadonly = true\n\
+             [[shares]]\ntag = 't'\npath = 'd'\n",
+        )
+        .unwrap();
         let read = read_file(&toml).unwrap();
         assert_eq!((read.memory, read.cpus, read.disks.len()), (Size(1 << 30), 2, 1));
+        assert_eq!(read.shares, [Share::new("t", "d")]);
         std::fs::write(&toml, "memroy = '1G'").unwrap();
         assert!(matches!(read_file(&toml), Err(FileError::Toml { .. })));
     }
