@@ -9,6 +9,7 @@ mod block;
 mod boot;
 mod cli;
 mod console;
+mod fs;
 mod linux;
 mod nested_host;
 mod rng;
