@@ -2,12 +2,12 @@
 //!
 //! Dependencies between modules point down only:
 //!
-//! - `main -> cli -> {api, vm}`; `api -> vm`
-//! - `vm -> {boot, virtio, legacy, bus, kvm, memory, disk, fileserver}`
+//! - `main -> cli -> {api, vm}`; `api -> {socket, vm}`
+//! - `vm -> {boot, virtio, legacy, bus, kvm, memory, disk, fileserver, socket}`
 //! - `cli -> doctor -> {kvm, vm}`
 //! - `fileserver -> fuse`: a process of its own
-//! - `virtio -> {memory, disk, fuse}`, never `kvm` or `vm`: it is handed event descriptors
-//! - `boot -> memory`; `legacy`, `disk`, `memory`, `bus` -> crates only
+//! - `virtio -> {memory, disk, fuse, socket}`, never `kvm` or `vm`: it is handed event descriptors
+//! - `boot -> memory`; `legacy`, `disk`, `memory`, `bus`, `socket` -> crates only
 //! - `platform` holds addresses and numbers, and every module may use it
 //!
 //! `tests/tidy.rs` holds these edges.
@@ -24,6 +24,7 @@ pub mod kvm;
 pub mod legacy;
 pub mod memory;
 pub mod platform;
+pub mod socket;
 pub mod terminal;
 pub mod virtio;
 pub mod vm;

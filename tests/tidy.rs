@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 const MAX_FILE_BYTES: u64 = 32 << 10;
 
 /// What each top-level module may use of the others. `platform` (numbers) is for all.
-const MAY_USE: [(&str, &[&str]); 15] = [
+const MAY_USE: [(&str, &[&str]); 16] = [
     ("cli", &["api", "boot", "doctor", "fileserver", "kvm", "vm"]),
-    ("api", &["vm"]),
+    ("api", &["socket", "vm"]),
     ("doctor", &["kvm", "vm"]),
-    ("vm", &["boot", "bus", "disk", "fileserver", "kvm", "legacy", "memory", "terminal", "virtio"]),
-    ("virtio", &["bus", "disk", "fuse", "memory"]),
+    ("vm", &["boot", "bus", "disk", "fileserver", "kvm", "legacy", "memory", "socket", "terminal", "virtio"]),
+    ("virtio", &["bus", "disk", "fuse", "memory", "socket"]),
     ("fileserver", &["fuse"]),
     ("fuse", &[]),
     ("legacy", &["bus"]),
@@ -23,6 +23,7 @@ const MAY_USE: [(&str, &[&str]); 15] = [
     ("bus", &[]),
     ("disk", &[]),
     ("platform", &[]),
+    ("socket", &[]),
     ("terminal", &[]),
 ];
 

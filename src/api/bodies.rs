@@ -202,6 +202,18 @@ struct Drive<'a> {
 }
 
 #[derive(Serialize)]
+struct Vsock<'a> {
+    guest_cid: u32,
+    uds_path: &'a Path,
+}
+
+impl<'a> Vsock<'a> {
+    fn new(vsock: &'a config::Vsock) -> Self {
+        Self { guest_cid: vsock.cid, uds_path: &vsock.socket }
+    }
+}
+
+#[derive(Serialize)]
 struct Entropy<'a> {
     rate_limiter: Option<&'a str>,
 }
@@ -219,7 +231,7 @@ pub struct FullVmConfiguration<'a> {
     metrics: Option<&'a str>,
     mmds_config: Option<&'a str>,
     network_interfaces: [&'a str; 0],
-    vsock: Option<&'a str>,
+    vsock: Option<Vsock<'a>>,
     entropy: Option<Entropy<'a>>,
 }
 
@@ -256,7 +268,7 @@ impl<'a> FullVmConfiguration<'a> {
             metrics: None,
             mmds_config: None,
             network_interfaces: [],
-            vsock: None,
+            vsock: config.vsock.as_ref().map(Vsock::new),
             entropy: config.rng.then_some(Entropy { rate_limiter: None }),
         }
     }

@@ -11,13 +11,12 @@ mod http;
 mod routes;
 
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 
 use nix::sys::signal::SigSet;
-use nix::sys::stat::{Mode, umask};
 
+use crate::socket::{self, SocketFile};
 use crate::vm::control::Control;
 
 /// Enough for runtime and HTTP; pages that are not touched cost nothing.
@@ -26,21 +25,9 @@ const STACK_BYTES: usize = 512 << 10;
 /// Why there is no control socket.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Another process listens there.
-    #[error("the control socket {0:?} is in use by another process; stop it, or choose another path")]
-    InUse(PathBuf),
-    /// Something else has that name.
-    #[error("{0:?} is there already and is no socket; choose another path for the control socket")]
-    NoSocket(PathBuf),
     /// The socket cannot be made.
-    #[error("cannot make the control socket {path:?}")]
-    Bind {
-        /// Its path.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot make the control socket")]
+    Socket(#[source] socket::Error),
     /// The thread or what it runs on.
     #[error("cannot serve the control socket")]
     Serve(#[source] io::Error),
@@ -52,56 +39,11 @@ pub struct Socket {
     _file: SocketFile,
 }
 
-/// The name of a socket, with the numbers by which it is known to be this one.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    numbers: Option<(u64, u64)>,
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        // Somebody may have put another there.
-        if self.numbers.is_some() && numbers(&self.path) == self.numbers {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn numbers(path: &Path) -> Option<(u64, u64)> {
-    path.symlink_metadata().ok().map(|metadata| (metadata.dev(), metadata.ino()))
-}
-
 impl Socket {
     /// Makes the socket, in place of one that a dead process left. To be called while there is one thread only.
     pub fn bind(path: &Path) -> Result<Socket, Error> {
-        clear_the_way(path)?;
-        let failed = |source| Error::Bind { path: path.to_owned(), source };
-        // With the umask of the moment others could connect before the rights are set.
-        let before = umask(Mode::from_bits_truncate(0o177));
-        let listener = UnixListener::bind(path);
-        umask(before);
-        let listener = listener.map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
-        let file = SocketFile { path: path.to_owned(), numbers: numbers(path) };
+        let (listener, file) = socket::listen(path).map_err(Error::Socket)?;
         Ok(Socket { listener, _file: file })
-    }
-}
-
-/// Removes a socket that nobody listens on.
-fn clear_the_way(path: &Path) -> Result<(), Error> {
-    let Ok(metadata) = path.symlink_metadata() else { return Ok(()) };
-    if !metadata.file_type().is_socket() {
-        return Err(Error::NoSocket(path.to_owned()));
-    }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            tracing::debug!("replacing the socket {path:?}, which nobody listens on");
-            std::fs::remove_file(path).map_err(|source| Error::Bind { path: path.to_owned(), source })
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        // Even one that we may not connect to is somebody's.
-        _ => Err(Error::InUse(path.to_owned())),
     }
 }
 
@@ -125,44 +67,4 @@ pub fn serve(socket: Socket, control: Control) -> Result<Server, Error> {
     before.thread_set_mask().map_err(|error| Error::Serve(error.into()))?;
     thread.map_err(Error::Serve)?;
     Ok(Server { _file })
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
-    use super::*;
-
-    #[test]
-    fn socket_is_private_replaces_dead_ones_and_goes_away() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("socket");
-        let socket = Socket::bind(&path).unwrap();
-        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
-        assert!(matches!(Socket::bind(&path), Err(Error::InUse(_))));
-        drop(socket);
-        assert!(!path.exists());
-        // Dropping a listener leaves its file, as a killed process does.
-        drop(UnixListener::bind(&path).unwrap());
-        assert!(path.exists());
-        let socket = Socket::bind(&path).unwrap();
-        // Another's socket is not removed.
-        std::fs::rename(&path, directory.path().join("moved")).unwrap();
-        let _other = UnixListener::bind(&path).unwrap();
-        drop(socket);
-        assert!(path.exists());
-    }
-
-    #[test]
-    fn what_is_no_socket_is_left_alone() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("file");
-        std::fs::write(&path, "precious").unwrap();
-        assert!(matches!(Socket::bind(&path), Err(Error::NoSocket(_))));
-        let link = directory.path().join("link");
-        std::os::unix::fs::symlink(&path, &link).unwrap();
-        assert!(matches!(Socket::bind(&link), Err(Error::NoSocket(_))));
-        assert!(matches!(Socket::bind(&directory.path().join("no/such")), Err(Error::Bind { .. })));
-        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
-    }
 }

@@ -324,6 +324,7 @@ mod tests {
             rootfs: Some(Disk { readonly: true, ..Disk::new("root.img") }),
             disks: vec![Disk { id: Some("data".into()), ..Disk::new("data.img") }],
             balloon: Some("size=64M,stats-interval=3".parse().unwrap()),
+            vsock: Some("cid=7,socket=v.sock".parse().unwrap()),
             ..VmConfig::default()
         };
         let show = |reply, shape| -> serde_json::Value {
@@ -343,6 +344,7 @@ mod tests {
         assert_eq!(at("/drives/1/drive_id"), "data");
         assert_eq!(at("/drives/1/cache_type"), "Writeback");
         assert_eq!(at("/balloon/amount_mib"), 64);
+        assert_eq!((at("/vsock/guest_cid"), at("/vsock/uds_path")), (7.into(), "v.sock".into()));
         let balloon = show(Reply::Config(Box::new(config.clone())), Shape::Balloon);
         assert_eq!(balloon.get("stats_polling_interval_s").unwrap(), 3);
         let none = VmConfig { balloon: None, ..config };

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use super::logging::{self, LogLevel};
 use crate::api;
 use crate::boot::BootProtocol;
-use crate::vm::config::{self, Balloon, Disk, SerialConfig, Share, Size, VmConfig};
+use crate::vm::config::{self, Balloon, Disk, SerialConfig, Share, Size, VmConfig, Vsock};
 use crate::vm::{self, Timeline};
 
 /// Shown after the long help.
@@ -79,6 +79,12 @@ pub struct BootArguments {
     /// Size of the guest's memory, with a unit: 512M, 2G [default: 256M]
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
+    /// Connections between guest and host (virtio-vsock), through a unix socket that rvmm makes
+    ///
+    /// cid=N,socket=PATH. A program on the host connects to PATH, sends "CONNECT PORT\n" and gets "OK HOSTPORT\n" when
+    /// the guest has accepted. A guest that connects to port P of CID 2 reaches the listener at PATH_P.
+    #[arg(long, value_name = "cid=N,socket=PATH")]
+    vsock: Option<Vsock>,
     /// Give the guest random numbers from the host (virtio-rng)
     #[arg(long)]
     rng: bool,
@@ -131,6 +137,7 @@ impl BootArguments {
         config.shares.extend(self.share.iter().cloned());
         config.cpus = self.cpus.unwrap_or(config.cpus);
         config.memory = self.memory.unwrap_or(config.memory);
+        config.vsock = self.vsock.clone().or(config.vsock);
         config.rng |= self.rng;
         config.balloon = self.balloon.clone().or(config.balloon);
         config.serial = self.serial.clone().unwrap_or(config.serial);

@@ -287,6 +287,12 @@ impl<'a> Reader<'a> {
         Ok(bytes)
     }
 
+    /// Two readers, for the first `at` of the bytes that are left and for those after them.
+    pub fn split_at(&self, at: u32) -> Result<(Reader<'a>, Reader<'a>), TooShort> {
+        let (front, back) = self.0.split_at(at)?;
+        Ok((Reader(front), Reader(back)))
+    }
+
     /// Passes all bytes that are left to `each`, as pieces of host memory that must not be turned into references.
     pub fn for_each_slice(self, each: impl FnMut(VolatileSlice<'a>)) -> Result<(), TooShort> {
         self.0.for_each_slice(each)

@@ -18,6 +18,7 @@ pub mod mmio;
 pub mod queue;
 pub mod rng;
 pub mod spec;
+pub mod vsock;
 mod worker;
 
 #[doc(hidden)]

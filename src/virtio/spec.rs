@@ -229,3 +229,65 @@ pub mod fs {
     /// Length of the tag (§5.11.4).
     pub const TAG_BYTES: usize = 36;
 }
+
+/// The socket device (§5.10).
+pub mod vsock {
+    /// Device number (§5).
+    pub const ID: u32 = 19;
+    /// The host's address (§5.10.4).
+    pub const HOST_CID: u64 = 2;
+    /// The port that stands for any, so that no connection has it.
+    pub const PORT_ANY: u32 = u32::MAX;
+
+    /// Feature bits (§5.10.3).
+    pub mod feature {
+        /// Stream sockets.
+        pub const STREAM: u64 = 1;
+    }
+
+    /// Queues, by number (§5.10.2).
+    pub mod queue {
+        /// Packets for the guest.
+        pub const RX: u16 = 0;
+        /// Packets from the guest.
+        pub const TX: u16 = 1;
+        /// Events for the guest.
+        pub const EVENT: u16 = 2;
+    }
+
+    /// Length of a packet's header (§5.10.6).
+    pub const HEADER_BYTES: u32 = 44;
+    /// Type of a stream packet (§5.10.6).
+    pub const TYPE_STREAM: u16 = 1;
+
+    /// Operations (§5.10.6).
+    pub mod op {
+        /// Asks for a connection.
+        pub const REQUEST: u16 = 1;
+        /// Agrees to it.
+        pub const RESPONSE: u16 = 2;
+        /// There is no such connection, or no more.
+        pub const RST: u16 = 3;
+        /// The sender will not receive, or send, any more.
+        pub const SHUTDOWN: u16 = 4;
+        /// Data.
+        pub const RW: u16 = 5;
+        /// Tells of room.
+        pub const CREDIT_UPDATE: u16 = 6;
+        /// Asks for room.
+        pub const CREDIT_REQUEST: u16 = 7;
+    }
+
+    /// Flags of a [`op::SHUTDOWN`] (§5.10.6.5).
+    pub mod shutdown {
+        /// The sender receives no more.
+        pub const RECEIVE: u32 = 1;
+        /// The sender sends no more.
+        pub const SEND: u32 = 2;
+        /// Both.
+        pub const BOTH: u32 = 3;
+    }
+
+    /// Event: all connections are gone, and the guest's address may be another one (§5.10.6.7).
+    pub const EVENT_TRANSPORT_RESET: u32 = 0;
+}

@@ -2,14 +2,19 @@
 
 use std::time::Duration;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
 use super::config::{self, VmConfig};
 use crate::disk;
 use crate::fileserver;
+use crate::socket;
 use crate::virtio::Device;
 use crate::virtio::balloon::{Balloon, BalloonHandle, BalloonOptions, PAGE_BYTES};
 use crate::virtio::block::{Block, BlockHandle, BlockOptions};
 use crate::virtio::fs::{Fs, FsOptions};
 use crate::virtio::rng::Rng;
+use crate::virtio::vsock::Vsock;
+use crate::virtio::vsock::unix::UnixHost;
 
 /// Queues of a disk that says nothing of them, at most.
 const DEFAULT_DISK_QUEUES: u32 = 4;
@@ -23,6 +28,9 @@ pub enum Error {
     /// A shared folder.
     #[error(transparent)]
     Share(#[from] fileserver::Error),
+    /// The socket of the vsock device.
+    #[error("cannot make the vsock device's socket")]
+    Vsock(#[source] socket::Error),
 }
 
 /// What sees and changes devices while the VM runs.
@@ -50,6 +58,10 @@ pub(super) fn open(config: &VmConfig) -> Result<(Vec<Box<dyn Device>>, Handles),
         let block = open_disk(config, index, disk)?;
         handles.disks.push(DiskHandle { id: VmConfig::disk_id(index, disk), handle: block.handle() });
         devices.push(Box::new(block));
+    }
+    if let Some(vsock) = &config.vsock {
+        raise_descriptor_limit();
+        devices.push(Box::new(Vsock::new(vsock.cid, UnixHost::listen(&vsock.socket).map_err(Error::Vsock)?)));
     }
     if config.rng {
         devices.push(Box::<Rng>::default());
@@ -89,4 +101,13 @@ fn open_share(share: &config::Share) -> Result<(fileserver::Process, Fs), Error>
     let (process, stream) = fileserver::start(&share.path, &share.options())?;
     let device = Fs::new(stream, &FsOptions { tag: share.tag.clone(), queues: 1 });
     Ok((process, device))
+}
+
+/// Each vsock connection has a descriptor, and the usual soft limit is less than there may be connections.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::debug!("cannot raise the limit of descriptors: {error}");
+    }
 }

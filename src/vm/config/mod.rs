@@ -5,12 +5,14 @@ mod disk;
 mod serial;
 mod share;
 mod size;
+mod vsock;
 
 pub use balloon::Balloon;
 pub use disk::{Disk, MAX_DISK_QUEUES};
 pub use serial::SerialConfig;
 pub use share::{MAX_TAG_BYTES, Share};
 pub use size::Size;
+pub use vsock::Vsock;
 
 use std::path::{Path, PathBuf};
 
@@ -21,6 +23,7 @@ pub use crate::disk::{Cache as DiskCache, Io as DiskIo};
 use crate::boot::BootProtocol;
 use crate::memory;
 use crate::platform::VIRTIO_GSIS;
+use crate::virtio::vsock::unix::PATH_BYTES_MAX;
 
 /// The most vCPUs of a VM.
 pub const MAX_CPUS: u32 = 32;
@@ -80,6 +83,17 @@ pub enum Error {
     /// Two shared folders have one tag.
     #[error("two shared folders have the tag {0:?}")]
     DuplicateShareTag(String),
+    /// An address that no guest can have.
+    #[error("{0} as the guest's vsock address: it may be 3 to 4294967294")]
+    VsockCid(u32),
+    /// A path too long for a unix socket and a port's number behind it.
+    #[error("vsock socket {path:?}: {len} bytes, and the path may have 1 to {max}", max = PATH_BYTES_MAX)]
+    VsockPath {
+        /// The path.
+        path: PathBuf,
+        /// Its length.
+        len: usize,
+    },
 }
 
 /// A whole VM.
@@ -102,6 +116,8 @@ pub struct VmConfig {
     pub rootfs: Option<Disk>,
     /// Further disks.
     pub disks: Vec<Disk>,
+    /// Sockets between guest and host.
+    pub vsock: Option<Vsock>,
     /// Whether the guest gets random numbers from the host.
     pub rng: bool,
     /// The memory balloon.
@@ -129,6 +145,7 @@ impl Default for VmConfig {
             memory: Size(256 << 20),
             rootfs: None,
             disks: vec![],
+            vsock: None,
             rng: false,
             balloon: None,
             shares: vec![],
@@ -157,6 +174,7 @@ impl VmConfig {
     /// How many virtio devices the VM has.
     pub fn device_count(&self) -> usize {
         self.all_disks().count()
+            + usize::from(self.vsock.is_some())
             + usize::from(self.rng)
             + self.shares.len()
             + usize::from(self.balloon.is_some())
@@ -205,7 +223,7 @@ impl VmConfig {
                 return Err(Error::DuplicateShareTag(share.tag.clone()));
             }
         }
-        Ok(())
+        self.vsock.as_ref().map_or(Ok(()), Vsock::check)
     }
 }
 
