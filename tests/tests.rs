@@ -17,3 +17,4 @@ mod support;
 mod terminal;
 mod tidy;
 mod vectors;
+mod vsock;
