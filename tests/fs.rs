@@ -457,6 +457,26 @@ fn random_requests_do_not_end_the_server() {
     assert!(server.is_alive());
 }
 
+/// As `rm -r` does it. In a ramfs, positions in a directory shift when files before them are deleted.
+#[test]
+fn files_that_are_deleted_while_they_are_listed_hide_no_others() {
+    let base = directory();
+    let Some(_mounted) = Mounted::new(&["-t", "ramfs", "none"], base.path()) else { return };
+    let Some(server) = start(base.path(), &[]) else { return };
+    let mut guest = server.guest();
+    for size in [4096, 60_000] {
+        for n in 0..600 {
+            fs::write(base.path().join(format!("{n}-{}", "x".repeat(n % 60))), "").expect("a file");
+        }
+        let listed = guest.list_in_pieces(ROOT_NODE, size, |names| {
+            for (name, _) in names.iter().filter(|(name, _)| !matches!(&name[..], "." | "..")) {
+                fs::remove_file(base.path().join(name)).expect("a file that was listed");
+            }
+        });
+        assert_eq!(listed.expect("a list").len(), 602, "{size}");
+    }
+}
+
 /// Numbers of the processes that a monitor has started.
 fn children(pid: u32) -> Vec<i32> {
     let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
@@ -673,7 +693,7 @@ cat /mnt/file; report read $?
 echo x >/mnt/new; report write $?
 ls /mnt; report list $?
 umount -l /mnt; report umount $?
-mount -t virtiofs work /mnt; report mount $?
+mount -t virtiofs work /mnt && ls /mnt; report again $?
 echo alive >/tmp/other/file; report other $?
 echo kill all now
 sleep 1000"#,
@@ -695,11 +715,11 @@ sleep 1000"#,
     assert_eq!(fs::read(other.join("file")).expect("a file"), b"alive\n");
     running.signal(Signal::SIGKILL);
     let outcome = running.wait(PATIENCE);
-    for step in ["read", "write", "list"] {
+    // The mount itself may succeed: Linux does not wait for the server's answer.
+    for step in ["read", "write", "list", "again"] {
         outcome.check(outcome.value(step) != "0", "a dead server still serves");
     }
     outcome.reports("umount", "0").reports("other", "0");
-    outcome.check(outcome.value("mount") != "0", "a dead server can be mounted");
     let end = Instant::now() + PATIENCE;
     while Path::new(&format!("/proc/{}", servers[1])).exists() {
         assert!(Instant::now() < end, "a server goes on without its monitor");

@@ -5,7 +5,7 @@ use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, RawDir, SeekFrom};
+use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, RawDir, RawDirEntry, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::Cache;
@@ -24,6 +24,9 @@ const COPY_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of an entry in a directory's list without its name, and of what `READDIRPLUS` has before it.
 const DIRENT_BYTES: usize = 24;
 const ENTRY_BYTES: usize = 128;
+/// Bytes of the shortest and of the longest entry in the host's lists (`struct linux_dirent64`).
+const HOST_DIRENT_MIN: usize = 24;
+const HOST_DIRENT_MAX: usize = 280;
 /// Set-user-id and set-group-id.
 const SUID: u32 = 0o4000;
 const SGID_EXECUTABLE: u32 = 0o2010;
@@ -174,38 +177,70 @@ impl FileServer {
         let end = reply.len() + size.min(DIRECTORY_BYTES);
         let directory = self.handles.get(handle, header.node)?.try_clone_to_owned().map_err(errno)?;
         rustix::fs::seek(&directory, SeekFrom::Start(offset))?;
-        let mut buffer = [MaybeUninit::uninit(); DIRECTORY_BYTES];
-        let mut list = RawDir::new(&directory, &mut buffer);
         let start = reply.len();
-        while let Some(entry) = list.next() {
-            let entry = match entry {
-                Ok(entry) => entry,
-                Err(_) if reply.len() > start => break,
-                Err(error) => return Err(error),
-            };
-            let name = entry.file_name();
-            let len = (DIRENT_BYTES + name.count_bytes()).next_multiple_of(8);
-            if reply.len() + len + if plus { ENTRY_BYTES } else { 0 } > end {
-                break;
+        let mut buffer = [MaybeUninit::uninit(); DIRECTORY_BYTES];
+        let extra = if plus { ENTRY_BYTES } else { 0 };
+        let mut whole = false;
+        loop {
+            // No more is read than there is room for: some file systems (tmpfs before Linux 6.6) count positions
+            // in a directory, so going back to one skips entries when others were deleted meanwhile.
+            let fits = (end - reply.len()) * HOST_DIRENT_MIN / (HOST_DIRENT_MIN + 8 + extra);
+            if fits < HOST_DIRENT_MAX && reply.len() > start {
+                return Ok(());
             }
-            let mut ino = entry.ino();
-            if plus {
-                match self.put_known(header.node, name, reply) {
-                    Ok(Some(found)) => ino = found.stat.stx_ino,
-                    Ok(None) => {}
-                    // It is gone already, or may not be looked at: the guest gets its name only.
-                    Err(_) => reply.extend([0; ENTRY_BYTES]),
+            let bytes = if whole { DIRECTORY_BYTES } else { fits.max(HOST_DIRENT_MAX) };
+            let mut list = RawDir::new(&directory, &mut buffer[..bytes]);
+            loop {
+                match list.next() {
+                    None => return Ok(()),
+                    // Names that are longer than those of Linux's own file systems.
+                    Some(Err(Errno::INVAL)) if !whole => whole = true,
+                    Some(Err(error)) if reply.len() == start => return Err(error),
+                    Some(Err(_)) => return Ok(()),
+                    Some(Ok(entry)) => {
+                        if !self.put_directory_entry(header.node, &entry, reply, end, plus) {
+                            return Ok(());
+                        }
+                    }
+                }
+                if list.is_buffer_empty() {
+                    break;
                 }
             }
-            let aligned = reply.len() + len;
-            reply.u64(ino);
-            reply.u64(entry.next_entry_cookie());
-            reply.u32(name.count_bytes() as u32);
-            reply.u32(type_number(entry.file_type()));
-            reply.extend_from_slice(name.to_bytes());
-            reply.resize(aligned, 0);
         }
-        Ok(())
+    }
+
+    /// Appends one entry of a directory's list; `false` when it does not fit.
+    fn put_directory_entry(
+        &mut self,
+        parent: u64,
+        entry: &RawDirEntry<'_>,
+        reply: &mut Vec<u8>,
+        end: usize,
+        plus: bool,
+    ) -> bool {
+        let name = entry.file_name();
+        let len = (DIRENT_BYTES + name.count_bytes()).next_multiple_of(8);
+        if reply.len() + len + if plus { ENTRY_BYTES } else { 0 } > end {
+            return false;
+        }
+        let mut ino = entry.ino();
+        if plus {
+            match self.put_known(parent, name, reply) {
+                Ok(Some(found)) => ino = found.stat.stx_ino,
+                Ok(None) => {}
+                // It is gone already, or may not be looked at: the guest gets its name only.
+                Err(_) => reply.extend([0; ENTRY_BYTES]),
+            }
+        }
+        let aligned = reply.len() + len;
+        reply.u64(ino);
+        reply.u64(entry.next_entry_cookie());
+        reply.u32(name.count_bytes() as u32);
+        reply.u32(type_number(entry.file_type()));
+        reply.extend_from_slice(name.to_bytes());
+        reply.resize(aligned, 0);
+        true
     }
 
     /// Tells the guest of a directory's entry. Of the directory itself and of its parent it is not told.

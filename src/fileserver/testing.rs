@@ -216,6 +216,16 @@ impl<T: FnMut(&[u8]) -> Vec<u8>> Client<T> {
 
     /// Lists a directory: names and inode numbers, in the order in which they come.
     pub fn list(&mut self, node: u64, size: u32) -> Result<Vec<(String, u64)>, i32> {
+        self.list_in_pieces(node, size, |_| ())
+    }
+
+    /// Lists a directory as [`Client::list`] does, and hands the names of each reply to `piece`.
+    pub fn list_in_pieces(
+        &mut self,
+        node: u64,
+        size: u32,
+        mut piece: impl FnMut(&[(String, u64)]),
+    ) -> Result<Vec<(String, u64)>, i32> {
         let handle = self.open_directory(node)?;
         let (mut found, mut offset) = (vec![], 0u64);
         loop {
@@ -225,6 +235,7 @@ impl<T: FnMut(&[u8]) -> Vec<u8>> Client<T> {
             if rest.is_empty() {
                 break;
             }
+            let before = found.len();
             while !rest.is_empty() {
                 let dirent = &rest[128..];
                 let len = number(dirent, 16, 4) as usize;
@@ -233,6 +244,7 @@ impl<T: FnMut(&[u8]) -> Vec<u8>> Client<T> {
                 found.push((name, number(dirent, 0, 8)));
                 rest = &rest[(128 + 24 + len).next_multiple_of(8)..];
             }
+            piece(&found[before..]);
         }
         let mut body = handle.to_le_bytes().to_vec();
         body.extend([0; 16]);
