@@ -288,7 +288,6 @@ fn shell_of_a_linux_guest_works_on_the_terminal() {
 
 // With an init that leads the session on hvc0 itself, the guest sees no size at its first look.
 #[test]
-#[ignore = "the first size is lost: scripts/test --long runs it"]
 fn size_of_the_terminal_reaches_a_virtio_console() {
     if !can_run() || !has_fast_kvm() {
         return;
@@ -300,14 +299,25 @@ fn size_of_the_terminal_reaches_a_virtio_console() {
         "\"$RVMM\" --kernel {kernel} --rootfs {rootfs},readonly --memory 128M --cmdline quiet --console stdio; \
          echo code=$?"
     ));
-    screen.expect("\n~ # ", LINUX_PATIENCE);
+    screen.expect(" # ", LINUX_PATIENCE);
+    let size = || {
+        let output = screen.tmux().args(["display-message", "-p", "#{pane_height} #{pane_width}"]).output();
+        String::from_utf8(output.expect("tmux").stdout).expect("a size").trim().to_owned()
+    };
+    let before = size();
     screen.type_line("echo size=$(stty size)");
-    screen.expect("\nsize=40 120", PATIENCE);
-    let status = screen.tmux().args(["resize-window", "-x", "100", "-y", "30"]).status().expect("tmux");
-    assert!(status.success());
+    screen.expect(&format!("\nsize={before}"), PATIENCE);
+    let resize = |columns, rows| {
+        let status = screen.tmux().args(["resize-window", "-x", columns, "-y", rows]).status().expect("tmux");
+        assert!(status.success());
+    };
+    resize("100", "30");
+    let after = size();
+    assert_ne!(after, before);
     std::thread::sleep(Duration::from_secs(1));
     screen.type_line("echo size=$(stty size)");
-    screen.expect("\nsize=30 100", PATIENCE);
+    screen.expect(&format!("\nsize={after}"), PATIENCE);
+    resize("120", "40");
     screen.type_line("poweroff");
     screen.is_as_before(0, LINUX_PATIENCE);
 }

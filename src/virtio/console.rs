@@ -200,6 +200,11 @@ impl Device for Console {
         Ok(())
     }
 
+    /// Linux reads the terminal's size only when it is told of a change.
+    fn announces_config(&self) -> bool {
+        self.size != Size::default()
+    }
+
     fn sources(&self) -> Vec<Source> {
         let fd = self.shared.event.as_raw_fd();
         self.ram.iter().map(|_| Source { fd, token: 0, events: EventSet::IN }).collect()

@@ -148,6 +148,9 @@ fn size_of_the_terminal_follows() {
     let rig = Rig::new(0);
     rig.bring_up();
     let driver = Driver(&rig.transport);
+    wait_until("the interrupt", || rig.irq.read().is_ok());
+    assert_eq!(driver.read(register::INTERRUPT_STATUS), interrupt::CONFIG);
+    driver.write(register::INTERRUPT_ACK, interrupt::CONFIG);
     assert_eq!(driver.read(register::CONFIG), 25 << 16 | 80);
     rig.handle.set_size(Size { columns: 132, rows: 50 });
     rig.transport.reconfigure();

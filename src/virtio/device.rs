@@ -34,6 +34,11 @@ pub trait Device: Send {
     /// [`Self::stop`].
     fn start(&mut self, activation: Activation) -> io::Result<()>;
 
+    /// Whether a driver that has just become ready is told to read the configuration.
+    fn announces_config(&self) -> bool {
+        false
+    }
+
     /// Descriptors whose events the started device wants to hear of.
     fn sources(&self) -> Vec<Source> {
         Vec::new()

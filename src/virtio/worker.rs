@@ -317,8 +317,12 @@ fn serve(parts: Parts, control: &Arc<Control>) -> Box<dyn Device> {
     let started = device.start(activation);
     let service = Service::new(device, queues, Arc::clone(&kicks), shared);
     let mut worker = Worker { service, control: Arc::clone(control), over: false };
-    if let Err(error) = started {
-        worker.service.fail(&"cannot start", &error);
+    match started {
+        Ok(()) if worker.service.device.announces_config() => {
+            worker.service.shared.interrupt(interrupt::CONFIG)
+        }
+        Ok(()) => {}
+        Err(error) => worker.service.fail(&"cannot start", &error),
     }
     let events = match EventManager::new_with_capacity(8) {
         Ok(mut manager) => {
