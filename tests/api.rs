@@ -162,12 +162,12 @@ fn pausing_under_load_loses_nothing() {
     let script = Script::new(
         r#"
 mkfs.ext4 -q /dev/vdc && mkdir -p /tmp/m && mount /dev/vdc /tmp/m
-for n in 1 2 3; do timeout 20 sh -c 'while :; do :; done' & done
+for n in 1 2; do timeout 10 sh -c 'while :; do :; done' & done
 report ready 1
 fio --name=raw --filename=/dev/vdd --size=48m --rw=randwrite --bs=4k --ioengine=libaio --iodepth=16 --direct=1 \
-    --verify=crc32c --do_verify=1 --verify_fatal=1 --io_size=12m >/tmp/raw 2>&1 & raw=$!
-fio --name=files --directory=/tmp/m --size=4m --nrfiles=4 --rw=randwrite --bs=4k --ioengine=psync --fsync=16 \
-    --verify=crc32c --do_verify=1 --verify_fatal=1 --numjobs=2 >/tmp/files 2>&1; report files $?
+    --verify=crc32c --do_verify=1 --verify_fatal=1 --io_size=4m >/tmp/raw 2>&1 & raw=$!
+fio --name=files --directory=/tmp/m --size=2m --nrfiles=4 --rw=randwrite --bs=4k --ioengine=psync --fsync=16 \
+    --verify=crc32c --do_verify=1 --verify_fatal=1 >/tmp/files 2>&1; report files $?
 wait $raw; report raw $?
 start=$(date +%s); sleep 1; report slept $(($(date +%s) - start))
 grep -i "err\|verif" /tmp/raw /tmp/files | head -n 20
@@ -175,26 +175,26 @@ umount /tmp/m; report umount $?
 dmesg | grep -iE 'i/o error|blocked for more|soft lockup|detected stalls|kernel BUG'; report quiet $?
 exit 4"#,
     );
-    let mut monitor = script.on(linux.monitor_with_memory("256M").args(["--cpus", "4"]));
+    let mut monitor = script.on(linux.monitor_with_memory("256M").args(["--cpus", "3"]));
     for disk in &disks {
         monitor = monitor.arg("--disk").arg(disk);
     }
     let running = monitor.arg("--api-socket").arg(&api.path).start_quiet();
     running.expect_within("ready=1", LINUX_PATIENCE);
     let mut times: Vec<Duration> = Vec::new();
-    let end = Instant::now() + Duration::from_secs(45);
+    let end = Instant::now() + Duration::from_secs(20);
     while times.len() < 1000 && Instant::now() < end && !running.has_ended() && !running.has_shown("umount=")
     {
         times.push(api.set_state("Paused"));
         api.set_state("Resumed");
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(20));
     }
     let outcome = running.wait(LINUX_PATIENCE);
     outcome.exits(4).reports("files", "0").reports("raw", "0").reports("umount", "0").reports("quiet", "1");
     outcome.check(times.len() > 20, "the load was over too soon");
     times.sort();
     figure(&format!(
-        "{} pauses of 4 vCPUs under fio: median {:?}, 99 % within {:?}, longest {:?}",
+        "{} pauses of 3 vCPUs under fio: median {:?}, 99 % within {:?}, longest {:?}",
         times.len(),
         times[times.len() / 2],
         times[times.len() * 99 / 100],
