@@ -3,11 +3,11 @@
 //! Dependencies between modules point down only:
 //!
 //! - `main -> cli -> {api, vm}`; `api -> {socket, vm}`
-//! - `vm -> {boot, virtio, legacy, bus, kvm, memory, disk, fileserver, socket}`
+//! - `vm -> {boot, virtio, legacy, bus, kvm, memory, disk, tap, fileserver, socket}`
 //! - `cli -> doctor -> {kvm, vm}`
 //! - `fileserver -> fuse`: a process of its own
-//! - `virtio -> {memory, disk, fuse, socket}`, never `kvm` or `vm`: it is handed event descriptors
-//! - `boot -> memory`; `legacy`, `disk`, `memory`, `bus`, `socket` -> crates only
+//! - `virtio -> {memory, disk, tap, fuse, socket}`, never `kvm` or `vm`: it is handed event descriptors
+//! - `boot -> memory`; `legacy`, `disk`, `tap`, `memory`, `bus`, `socket` -> crates only
 //! - `platform` holds addresses and numbers, and every module may use it
 //!
 //! `tests/tidy.rs` holds these edges.
@@ -25,6 +25,7 @@ pub mod legacy;
 pub mod memory;
 pub mod platform;
 pub mod socket;
+pub mod tap;
 pub mod terminal;
 pub mod virtio;
 pub mod vm;

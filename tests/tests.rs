@@ -12,6 +12,7 @@ mod console;
 mod fs;
 mod linux;
 mod nested_host;
+mod net;
 mod rng;
 mod support;
 mod terminal;

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use super::logging::{self, LogLevel};
 use crate::api;
 use crate::boot::BootProtocol;
-use crate::vm::config::{self, Balloon, Disk, SerialConfig, Share, Size, VmConfig, Vsock};
+use crate::vm::config::{self, Balloon, Disk, Net, SerialConfig, Share, Size, VmConfig, Vsock};
 use crate::vm::{self, Timeline};
 
 /// Shown after the long help.
@@ -57,12 +57,19 @@ pub struct BootArguments {
     kernel: Option<PathBuf>,
     /// Disk image with the root file system; the guest's first disk
     ///
-    /// PATH[,readonly][,id=ID][,queues=N][,io=auto|uring|sync][,cache=writeback|unsafe]
+    /// PATH[,readonly][,id=ID][,queues=N][,io=auto|uring|sync][,cache=writeback|unsafe][,bw=SIZE][,bw-burst=SIZE]
+    /// [,ops=N][,ops-burst=N], the last four being limits for a second
     #[arg(long, value_name = "PATH[,…]")]
     rootfs: Option<Disk>,
     /// A further disk, with the same options as --rootfs; may be repeated
     #[arg(long, value_name = "PATH[,…]")]
     disk: Vec<Disk>,
+    /// A network device on a tap, which is made if it does not exist; may be repeated
+    ///
+    /// tap=NAME[,mac=MAC][,queues=N][,netns=PATH][,bridge=NAME][,mtu=N][,vhost=auto|on|off][,id=ID] and, as limits for a second and each
+    /// direction, [,bw=SIZE][,bw-burst=SIZE][,ops=N][,ops-burst=N]; rx-bw=… or tx-bw=… for one direction
+    #[arg(long, value_name = "tap=NAME[,…]")]
+    net: Vec<Net>,
     /// Share a folder with the guest: tag=NAME,path=DIR[,readonly][,devices][,cache=auto|always]; may be repeated.
     /// The guest mounts it with `mount -t virtiofs NAME DIRECTORY`
     #[arg(long, value_name = "tag=NAME,path=DIR[,…]")]
@@ -134,6 +141,7 @@ impl BootArguments {
         config.cmdline = self.cmdline.clone().or(config.cmdline);
         config.rootfs = self.rootfs.clone().or(config.rootfs);
         config.disks.extend(self.disk.iter().cloned());
+        config.nets.extend(self.net.iter().cloned());
         config.shares.extend(self.share.iter().cloned());
         config.cpus = self.cpus.unwrap_or(config.cpus);
         config.memory = self.memory.unwrap_or(config.memory);

@@ -12,6 +12,7 @@ use vm_memory::VolatileSlice;
 
 use super::chain::TooShort;
 use super::device::{Activation, Completion, Completions, Device, Handled, Source};
+use super::rate::{LimitHandle, Limiter, Limits};
 use super::spec::block::{self, feature, request, status};
 use super::worker::lock;
 use super::{Chain, Reader, Writer};
@@ -28,6 +29,10 @@ const RANGE_BYTES: u32 = 16;
 const PHYSICAL_BLOCK_EXP: u8 = 3;
 const PHYSICAL_BLOCK_SECTORS: u32 = 1 << PHYSICAL_BLOCK_EXP;
 
+/// Event tokens.
+const ENGINE: u32 = 0;
+const LIMITER: u32 = 1;
+
 /// How a block device looks to its guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockOptions {
@@ -37,11 +42,13 @@ pub struct BlockOptions {
     pub queues: u16,
     /// Size of each, a power of two.
     pub queue_size: u16,
+    /// Limits on what the guest reads and writes.
+    pub limits: Limits,
 }
 
 impl Default for BlockOptions {
     fn default() -> Self {
-        Self { serial: String::new(), queues: 1, queue_size: 256 }
+        Self { serial: String::new(), queues: 1, queue_size: 256, limits: Limits::default() }
     }
 }
 
@@ -75,6 +82,7 @@ pub struct Block {
     images: BlockHandle,
     serial: [u8; block::ID_BYTES],
     queue_sizes: Vec<u16>,
+    limiter: Limiter,
     /// While the driver is ready.
     active: Option<Active>,
 }
@@ -117,8 +125,14 @@ impl Block {
             images: BlockHandle(Arc::new(Mutex::new(images))),
             serial,
             queue_sizes: vec![options.queue_size; queues],
+            limiter: Limiter::new(options.limits),
             active: None,
         }
+    }
+
+    /// What changes the limits on what the guest reads and writes.
+    pub fn limit_handle(&self) -> LimitHandle {
+        self.limiter.handle()
     }
 
     /// The handle to this device.
@@ -231,6 +245,12 @@ impl Block {
     }
 }
 
+/// Bytes of data that a request moves, one way or the other.
+fn data_bytes(chain: &Chain) -> u64 {
+    let written = chain.readable_len().saturating_sub(block::HEADER_BYTES);
+    u64::from(written) + u64::from(chain.writable_len().saturating_sub(1))
+}
+
 fn push(buffers: &mut Buffers, slice: &VolatileSlice<'_>) {
     let guard = slice.ptr_guard_mut();
     // SAFETY: the slice lies in guest memory, which the activation keeps mapped until after the engine is gone, and to
@@ -290,19 +310,28 @@ impl Device for Block {
     }
 
     fn start(&mut self, activation: Activation) -> io::Result<()> {
+        self.limiter.start()?;
         let engine = self.engine(&self.image, activation.features)?;
         self.active = Some(Active { engine, activation, error_logged: false });
         Ok(())
     }
 
     fn sources(&self) -> Vec<Source> {
-        let fd = self.active.as_ref().and_then(|active| active.engine.fd());
-        fd.map(|fd| Source { fd, token: 0, events: EventSet::IN }).into_iter().collect()
+        let engine = self.active.as_ref().and_then(|active| active.engine.fd()).map(|fd| (fd, ENGINE));
+        let limiter = self.limiter.fd().map(|fd| (fd, LIMITER));
+        let source = |(fd, token)| Source { fd, token, events: EventSet::IN };
+        engine.into_iter().chain(limiter).map(source).collect()
+    }
+
+    fn event(&mut self, token: u32) {
+        if token == LIMITER {
+            self.limiter.fired();
+        }
     }
 
     fn handle(&mut self, queue: u16, chain: Chain) -> Handled {
         let Some(active) = &self.active else { return Handled::Done(chain, 0) };
-        if !active.engine.has_room() {
+        if !active.engine.has_room() || !self.limiter.ready() {
             return Handled::Wait(chain);
         }
         match self.decode(&active.activation.ram, &chain) {
@@ -311,6 +340,7 @@ impl Device for Block {
                 Handled::Done(chain, written)
             }
             Outcome::Start(operation, data_len) => {
+                self.limiter.take(data_bytes(&chain));
                 if let Some(active) = &mut self.active {
                     active.engine.start(operation, Pending { queue, chain, data_len });
                 }

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::RawFd;
 
 use event_manager::EventSet;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::Chain;
 use crate::memory::Ram;
@@ -44,6 +45,29 @@ pub trait Device: Send {
         Vec::new()
     }
 
+    /// Has the host's kernel serve queues, where it can; the result is how many of the first ones it does. Called after
+    /// [`Self::start`], and after a rest.
+    fn hand_over(&mut self, queues: &[Handover<'_>]) -> u16 {
+        let _ = queues;
+        0
+    }
+
+    /// Serves those queues itself again: returns when the host's kernel does not touch guest memory any more, with the
+    /// number of the next chain of each queue that was handed over.
+    fn take_back(&mut self) -> Vec<Option<u16>> {
+        Vec::new()
+    }
+
+    /// Whether queues that were handed over are to be taken back.
+    fn wants_back(&self) -> bool {
+        false
+    }
+
+    /// Whether the host's kernel has completed chains since this was last asked, and the driver is to be interrupted.
+    fn has_interrupt(&mut self) -> bool {
+        false
+    }
+
     /// Takes a chain from a queue.
     fn handle(&mut self, queue: u16, chain: Chain) -> Handled;
 
@@ -64,9 +88,15 @@ pub trait Device: Send {
         let _ = done;
     }
 
-    /// Waits until no deferred chain is in flight, and hands them all in.
+    /// Waits until no deferred chain is in flight, and hands in all that were used.
     fn drain(&mut self, done: &mut Completions) {
         let _ = done;
+    }
+
+    /// Hands over chains that it deferred and has not touched, those of a queue in the order in which they came: they
+    /// were never taken. Called when the device comes to rest, after [`Self::drain`].
+    fn give_back(&mut self, untouched: &mut Vec<(u16, Chain)>) {
+        let _ = untouched;
     }
 
     /// The driver has reset the device: lets go of guest memory, of chains in flight and of what [`Self::start`]
@@ -81,6 +111,25 @@ pub struct Activation {
     pub ram: Ram,
     /// Features that the driver has accepted, those of transport and queues included.
     pub features: u64,
+}
+
+/// A queue that may be handed over to the host's kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Handover<'a> {
+    /// Its number.
+    pub index: u16,
+    /// Number of descriptors.
+    pub size: u16,
+    /// Descriptor table, in guest memory.
+    pub desc: u64,
+    /// Available ring.
+    pub avail: u64,
+    /// Used ring.
+    pub used: u64,
+    /// Number of the next chain.
+    pub next_avail: u16,
+    /// Signalled by the driver's notifications.
+    pub kick: &'a EventFd,
 }
 
 /// What became of a chain.

@@ -15,7 +15,9 @@ pub mod console;
 pub mod device;
 pub mod fs;
 pub mod mmio;
+pub mod net;
 pub mod queue;
+pub mod rate;
 pub mod rng;
 pub mod spec;
 pub mod vsock;
@@ -25,4 +27,4 @@ mod worker;
 pub mod testing;
 
 pub use chain::{Chain, Reader, Writer};
-pub use device::{Activation, Completion, Completions, Device, Handled, Source};
+pub use device::{Activation, Completion, Completions, Device, Handled, Handover, Source};

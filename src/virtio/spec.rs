@@ -158,6 +158,8 @@ pub mod block {
 
     /// The device may give the range back to the host (§5.2.6).
     pub const WRITE_ZEROES_FLAG_UNMAP: u32 = 1;
+    /// Length of a request's header (§5.2.6).
+    pub const HEADER_BYTES: u32 = 16;
     /// Length of the device's name (§5.2.6).
     pub const ID_BYTES: usize = 20;
 

@@ -316,12 +316,14 @@ fn serve(parts: Parts, control: &Arc<Control>) -> Box<dyn Device> {
     let Parts { mut device, activation, queues, kicks, shared } = parts;
     let started = device.start(activation);
     let service = Service::new(device, queues, Arc::clone(&kicks), shared);
-    let mut worker = Worker { service, control: Arc::clone(control), over: false };
+    let mut worker = Worker { service, control: Arc::clone(control), watched: Vec::new(), over: false };
     match started {
-        Ok(()) if worker.service.device.announces_config() => {
-            worker.service.shared.interrupt(interrupt::CONFIG)
+        Ok(()) => {
+            if worker.service.device.announces_config() {
+                worker.service.shared.interrupt(interrupt::CONFIG);
+            }
+            worker.service.hand_over();
         }
-        Ok(()) => {}
         Err(error) => worker.service.fail(&"cannot start", &error),
     }
     let events = match EventManager::new_with_capacity(8) {
@@ -354,6 +356,8 @@ fn serve(parts: Parts, control: &Arc<Control>) -> Box<dyn Device> {
 struct Worker {
     service: Service,
     control: Arc<Control>,
+    /// Queues whose notifications come here.
+    watched: Vec<bool>,
     over: bool,
 }
 
@@ -371,35 +375,39 @@ impl Worker {
             self.over = true;
         } else if let Some(order) = self.control.ordered(Order::Pause) {
             if !self.service.paused {
-                self.service.pause();
                 // What they have to say would touch guest memory.
-                for source in self.service.device.sources() {
-                    let _ = ops.remove(Events::empty_raw(source.fd));
-                }
+                self.unwatch_sources(ops);
+                self.service.pause();
             }
             self.control.reach(Reached::Paused(order));
         } else if self.service.paused {
             self.service.paused = false;
             self.control.reach(Reached::Running);
-            if let Err(error) = self.watch_sources(ops) {
-                self.service.fail(&"cannot watch its descriptors", &error);
-            }
-            self.service.serve_all(&self.wanted());
+            self.service.hand_over();
+            self.watch(ops);
         }
     }
 
     fn reconfigure(&mut self, ops: &mut EventOps) {
-        let before = if self.service.paused { Vec::new() } else { self.service.device.sources() };
-        for source in before {
-            let _ = ops.remove(Events::empty_raw(source.fd));
+        if self.service.paused {
+            return self.service.reconfigure();
         }
+        self.unwatch_sources(ops);
         self.service.reconfigure();
-        if !self.service.paused
-            && let Err(error) = self.watch_sources(ops)
-        {
+        if let Err(error) = self.watch_sources(ops) {
             self.service.fail(&"cannot watch its descriptors", &error);
         }
         self.service.serve_waiting(&self.wanted());
+    }
+
+    /// Watches what is to be watched now, and serves what has come meanwhile.
+    fn watch(&mut self, ops: &mut EventOps) {
+        if !self.service.broken
+            && let Err(error) = self.watch_queues(ops).and_then(|()| self.watch_sources(ops))
+        {
+            self.service.fail(&"cannot watch its descriptors", &error);
+        }
+        self.service.serve_all(&self.wanted());
     }
 
     /// Whether an order waits, for use inside a batch.
@@ -408,16 +416,26 @@ impl Worker {
         move || control.ordered(Order::Run).is_none()
     }
 
-    fn watch(&self, ops: &mut EventOps) -> event_manager::Result<()> {
-        ops.add(Events::with_data(&self.control.wake, WAKE, EventSet::IN))?;
-        for (index, (kick, queue)) in self.service.kicks.iter().zip(&self.service.queues).enumerate() {
-            if queue.is_some() {
+    /// Watches the notifications of those queues that are served here.
+    fn watch_queues(&mut self, ops: &mut EventOps) -> event_manager::Result<()> {
+        let Service { kicks, queues, handed, .. } = &self.service;
+        self.watched.resize(queues.len(), false);
+        for (index, (kick, queue)) in kicks.iter().zip(queues).enumerate() {
+            let Some(watched) = self.watched.get_mut(index) else { continue };
+            let watch = queue.is_some() && index >= *handed;
+            if watch != std::mem::replace(watched, watch) {
                 // By edge: nobody needs to read the counter, which saves a system call for each notification.
-                let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-                ops.add(Events::with_data(kick, index as u32, events))?;
+                let events = Events::with_data(kick, index as u32, EventSet::IN | EventSet::EDGE_TRIGGERED);
+                if watch { ops.add(events)? } else { ops.remove(events)? }
             }
         }
-        self.watch_sources(ops)
+        Ok(())
+    }
+
+    fn unwatch_sources(&self, ops: &mut EventOps) {
+        for source in self.service.device.sources() {
+            let _ = ops.remove(Events::empty_raw(source.fd));
+        }
     }
 
     fn watch_sources(&self, ops: &mut EventOps) -> event_manager::Result<()> {
@@ -430,17 +448,11 @@ impl Worker {
 
 impl MutEventSubscriber for Worker {
     fn init(&mut self, ops: &mut EventOps) {
-        if !self.service.broken
-            && let Err(error) = self.watch(ops)
-        {
+        if let Err(error) = ops.add(Events::with_data(&self.control.wake, WAKE, EventSet::IN)) {
             self.service.fail(&"cannot watch its descriptors", &error);
         }
-        if self.service.broken {
-            // Only the order to stop matters now.
-            let _ = ops.add(Events::with_data(&self.control.wake, WAKE, EventSet::IN));
-        }
         // The driver may have made chains available before it said that it is ready.
-        self.service.serve_all(&self.wanted());
+        self.watch(ops);
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
@@ -449,6 +461,11 @@ impl MutEventSubscriber for Worker {
             data if data & SOURCE != 0 => self.service.event(data & !SOURCE, &self.wanted()),
             queue => self.service.kicked(queue as usize, &self.wanted()),
         }
+        if self.service.handed > 0 && self.service.device.wants_back() {
+            self.unwatch_sources(ops);
+            self.service.take_back();
+            self.watch(ops);
+        }
     }
 }
 
@@ -456,6 +473,8 @@ impl MutEventSubscriber for Worker {
 pub(super) struct Service {
     device: Box<dyn Device>,
     queues: Vec<Option<Queue>>,
+    /// So many of the first queues are served by the host's kernel.
+    handed: usize,
     /// Queues whose device asked to wait, or that were left early.
     waiting: Vec<bool>,
     kicks: Arc<[EventFd]>,
@@ -480,6 +499,7 @@ impl Service {
         Self {
             device,
             queues,
+            handed: 0,
             waiting: vec![false; count],
             kicks,
             shared,
@@ -503,6 +523,33 @@ impl Service {
 
     fn fail_queue(&mut self, index: usize, error: &queue::Error) {
         self.fail(&format_args!("queue {index}"), error);
+    }
+
+    /// Lets the device hand queues over to the host's kernel.
+    fn hand_over(&mut self) {
+        if self.broken {
+            return;
+        }
+        let queues = self.queues.iter().zip(&*self.kicks).zip(0..);
+        let queues: Vec<_> =
+            queues.filter_map(|((queue, kick), index)| Some(queue.as_ref()?.handover(index, kick))).collect();
+        self.handed = self.device.hand_over(&queues).into();
+    }
+
+    /// Serves those queues here again.
+    fn take_back(&mut self) {
+        if std::mem::take(&mut self.handed) == 0 {
+            return;
+        }
+        for (index, next_avail) in self.device.take_back().into_iter().enumerate() {
+            if let (Some(Some(queue)), Some(next_avail)) = (self.queues.get_mut(index), next_avail)
+                && let Err(error) = queue.go_on(next_avail)
+            {
+                self.fail_queue(index, &error);
+            }
+        }
+        // Whether it was interrupted for the last of them, nobody knows.
+        self.shared.interrupt(interrupt::USED_RING);
     }
 
     /// The driver has notified queue `index`.
@@ -568,6 +615,9 @@ impl Service {
 
     /// Serves a queue; false if it was left although there may be more.
     fn serve_batches(&mut self, index: usize, wanted: &dyn Fn() -> bool) -> Result<bool, queue::Error> {
+        if index < self.handed {
+            return Ok(true);
+        }
         let (Some(queue), Some(waiting)) =
             (self.queues.get_mut(index).and_then(Option::as_mut), self.waiting.get_mut(index))
         else {
@@ -617,28 +667,32 @@ impl Service {
         for completion in done.drain(..) {
             let index = usize::from(completion.queue);
             // The chains of a broken device are nobody's any more.
-            let Some(queue) = self.queues.get_mut(index).and_then(Option::as_mut).filter(|_| !self.broken)
+            let (Some(Some(queue)), Some(completed), false) =
+                (self.queues.get_mut(index), self.completed.get_mut(index), self.broken)
             else {
                 continue;
             };
-            match queue.complete(completion.chain, completion.written) {
-                Ok(()) => {
-                    if let Some(completed) = self.completed.get_mut(index) {
-                        *completed = true;
-                    }
-                }
-                Err(error) => self.fail_queue(index, &error),
+            *completed = true;
+            if let Err(error) = queue.stage(completion.chain, completion.written) {
+                self.fail_queue(index, &error);
             }
         }
         // Keeps the room that it has grown to.
         self.done = done;
+        for index in 0..self.queues.len() {
+            if let (Some(Some(queue)), Some(true)) = (self.queues.get_mut(index), self.completed.get(index))
+                && let Err(error) = queue.publish()
+            {
+                self.fail_queue(index, &error);
+            }
+        }
     }
 
     fn interrupt(&mut self) {
         if self.broken {
             return;
         }
-        let mut wanted = false;
+        let mut wanted = self.device.has_interrupt();
         for index in 0..self.queues.len() {
             let (Some(completed), Some(Some(queue))) =
                 (self.completed.get_mut(index), self.queues.get_mut(index))
@@ -672,8 +726,16 @@ impl Service {
     /// Comes to rest: nothing in flight, nothing popped.
     fn pause(&mut self) {
         self.paused = true;
+        self.take_back();
         self.device.drain(&mut self.done);
         self.complete_done();
+        let mut untouched = Vec::new();
+        self.device.give_back(&mut untouched);
+        while let Some((index, chain)) = untouched.pop() {
+            if let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) {
+                queue.put_back(chain);
+            }
+        }
         self.interrupt();
     }
 

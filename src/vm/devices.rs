@@ -1,20 +1,21 @@
 //! From what the configuration says of devices to devices: opens their files.
 
+use std::io;
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::config::{self, VmConfig};
-use crate::disk;
-use crate::fileserver;
-use crate::socket;
 use crate::virtio::Device;
 use crate::virtio::balloon::{Balloon, BalloonHandle, BalloonOptions, PAGE_BYTES};
 use crate::virtio::block::{Block, BlockHandle, BlockOptions};
 use crate::virtio::fs::{Fs, FsOptions};
+use crate::virtio::net::{Net, NetOptions, Vhost};
+use crate::virtio::rate::LimitHandle;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
 use crate::virtio::vsock::unix::UnixHost;
+use crate::{disk, fileserver, socket, tap};
 
 /// Queues of a disk that says nothing of them, at most.
 const DEFAULT_DISK_QUEUES: u32 = 4;
@@ -28,6 +29,31 @@ pub enum Error {
     /// A shared folder.
     #[error(transparent)]
     Share(#[from] fileserver::Error),
+    /// A tap.
+    #[error(transparent)]
+    Tap(#[from] tap::Error),
+    /// The guest's address is the host's own.
+    #[error("mac={mac} is the address of tap {tap} itself; give the guest another one")]
+    SameMac {
+        /// The address.
+        mac: config::Mac,
+        /// The tap.
+        tap: String,
+    },
+    /// vhost-net was demanded and cannot be had.
+    #[error(
+        "cannot use /dev/vhost-net for tap {tap}; load its driver with `modprobe vhost_net`, or leave out vhost=on"
+    )]
+    Vhost {
+        /// The tap.
+        tap: String,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The host has no random numbers.
+    #[error("cannot get random numbers from the host")]
+    Random(#[source] getrandom::Error),
     /// The socket of the vsock device.
     #[error("cannot make the vsock device's socket")]
     Vsock(#[source] socket::Error),
@@ -38,6 +64,8 @@ pub enum Error {
 pub(super) struct Handles {
     /// The disks, which are the first devices.
     pub(super) disks: Vec<DiskHandle>,
+    /// The network devices.
+    pub(super) nets: Vec<NetHandle>,
     /// The balloon, and its place among the devices.
     pub(super) balloon: Option<(usize, BalloonHandle)>,
     /// The processes behind shared folders, which get ready meanwhile and end with the VM.
@@ -48,6 +76,14 @@ pub(super) struct Handles {
 pub(super) struct DiskHandle {
     pub(super) id: String,
     pub(super) handle: BlockHandle,
+    pub(super) limits: LimitHandle,
+}
+
+/// A network device while the VM runs.
+pub(super) struct NetHandle {
+    pub(super) id: String,
+    pub(super) receive_limits: LimitHandle,
+    pub(super) transmit_limits: LimitHandle,
 }
 
 /// Opens all devices, in the order in which the guest finds them: disks first, so that their names stay.
@@ -56,7 +92,8 @@ pub(super) fn open(config: &VmConfig) -> Result<(Vec<Box<dyn Device>>, Handles),
     let mut handles = Handles::default();
     for (index, disk) in config.all_disks().enumerate() {
         let block = open_disk(config, index, disk)?;
-        handles.disks.push(DiskHandle { id: VmConfig::disk_id(index, disk), handle: block.handle() });
+        let (handle, limits) = (block.handle(), block.limit_handle());
+        handles.disks.push(DiskHandle { id: VmConfig::disk_id(index, disk), handle, limits });
         devices.push(Box::new(block));
     }
     if let Some(vsock) = &config.vsock {
@@ -69,6 +106,12 @@ pub(super) fn open(config: &VmConfig) -> Result<(Vec<Box<dyn Device>>, Handles),
     if let Some(balloon) = &config.balloon {
         let (device, handle) = Balloon::new(&balloon_options(balloon));
         handles.balloon = Some((devices.len(), handle));
+        devices.push(Box::new(device));
+    }
+    for (index, net) in config.nets.iter().enumerate() {
+        let device = open_net(net)?;
+        let (receive_limits, transmit_limits) = device.limit_handles();
+        handles.nets.push(NetHandle { id: net.id(index), receive_limits, transmit_limits });
         devices.push(Box::new(device));
     }
     for share in &config.shares {
@@ -94,7 +137,41 @@ fn open_disk(config: &VmConfig, index: usize, disk: &config::Disk) -> Result<Blo
     let image = disk::open(&disk.path, &options)?;
     let queues = disk.queues.unwrap_or(config.cpus.min(DEFAULT_DISK_QUEUES) as u16);
     let serial = VmConfig::disk_id(index, disk);
-    Ok(Block::new(image, &BlockOptions { serial, queues, ..BlockOptions::default() }))
+    Ok(Block::new(image, &BlockOptions { serial, queues, limits: disk.limits, ..BlockOptions::default() }))
+}
+
+fn open_net(net: &config::Net) -> Result<Net, Error> {
+    let tap = tap::open(&tap::Options {
+        name: net.tap.clone(),
+        netns: net.netns.clone(),
+        queues: net.queues,
+        mtu: net.mtu,
+        bridge: net.bridge.clone(),
+    })?;
+    let mac = match net.mac {
+        Some(mac) => mac,
+        None => config::Mac::random().map_err(Error::Random)?,
+    };
+    if mac.0 == tap.mac() {
+        return Err(Error::SameMac { mac, tap: net.tap.clone() });
+    }
+    let (receive_limits, transmit_limits) = (net.rx_limits, net.tx_limits);
+    let options = NetOptions { mtu: net.mtu, receive_limits, transmit_limits, ..NetOptions::new(mac.0) };
+    Ok(Net::new(tap, open_vhost(net)?, &options))
+}
+
+fn open_vhost(net: &config::Net) -> Result<Option<Vhost>, Error> {
+    if net.vhost == config::VhostUse::Off {
+        return Ok(None);
+    }
+    match (net.vhost, Vhost::open(net.queues.into())) {
+        (_, Ok(vhost)) => Ok(Some(vhost)),
+        (config::VhostUse::On, Err(source)) => Err(Error::Vhost { tap: net.tap.clone(), source }),
+        (_, Err(error)) => {
+            tracing::debug!(%error, "no vhost-net on this host, so rvmm moves the packets of tap {}", net.tap);
+            Ok(None)
+        }
+    }
 }
 
 fn open_share(share: &config::Share) -> Result<(fileserver::Process, Fs), Error> {

@@ -6,7 +6,9 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::Error;
+use super::limits;
 use crate::disk::{Cache, Io};
+use crate::virtio::rate::Limits;
 
 /// The most request queues of a disk.
 pub const MAX_DISK_QUEUES: u16 = 16;
@@ -32,6 +34,9 @@ pub struct Disk {
     /// What a flush does.
     #[serde(default)]
     pub cache: Cache,
+    /// Limits on what the guest reads and writes.
+    #[serde(default)]
+    pub limits: Limits,
 }
 
 impl Disk {
@@ -44,6 +49,7 @@ impl Disk {
             queues: None,
             io: Io::default(),
             cache: Cache::default(),
+            limits: Limits::default(),
         }
     }
 
@@ -51,6 +57,9 @@ impl Disk {
     pub(super) fn check(&self) -> Result<(), Error> {
         if let Some(queues) = self.queues.filter(|queues| !(1..=MAX_DISK_QUEUES).contains(queues)) {
             return Err(Error::DiskQueues { path: self.path.clone(), queues });
+        }
+        if !self.limits.is_valid() {
+            return Err(Error::Limits(format!("disk {:?}", self.path)));
         }
         match &self.id {
             Some(id) if id.is_empty() || id.len() > 20 || !id.bytes().all(|b| b.is_ascii_graphic()) => {
@@ -61,7 +70,7 @@ impl Disk {
     }
 }
 
-/// `PATH[,readonly][,id=ID][,queues=N][,io=auto|uring|sync][,cache=writeback|unsafe]`.
+/// `PATH[,readonly][,id=ID][,queues=N][,io=auto|uring|sync][,cache=writeback|unsafe][,bw=SIZE][,ops=N]…`.
 impl FromStr for Disk {
     type Err = String;
 
@@ -70,6 +79,7 @@ impl FromStr for Disk {
         let path =
             parts.next().filter(|path| !path.is_empty()).ok_or("the path of the disk image is missing")?;
         let mut disk = Disk::new(path);
+        let mut limits = limits::Parser::default();
         for part in parts {
             let (key, value) = part.split_once('=').map_or((part, None), |(key, value)| (key, Some(value)));
             let bad = |allowed: &str| format!("disk option {part:?}: {key} is {allowed}");
@@ -84,14 +94,16 @@ impl FromStr for Disk {
                 ("cache", Some("writeback")) => disk.cache = Cache::Writeback,
                 ("cache", Some("unsafe")) => disk.cache = Cache::Unsafe,
                 ("cache", _) => return Err(bad("one of writeback, unsafe")),
+                (key, Some(value)) if limits.option("", key, value)? => {}
                 _ => {
                     return Err(format!(
-                        "unknown disk option {part:?}: there are readonly, id=ID, queues=N, io=auto|uring|sync and \
-                         cache=writeback|unsafe"
+                        "unknown disk option {part:?}: there are readonly, id=ID, queues=N, io=auto|uring|sync, \
+                         cache=writeback|unsafe, bw=SIZE, bw-burst=SIZE, ops=N and ops-burst=N"
                     ));
                 }
             }
         }
+        disk.limits = limits.finish("")?;
         Ok(disk)
     }
 }
@@ -110,6 +122,7 @@ mod tests {
             queues: Some(2),
             io: Io::Sync,
             cache: Cache::Unsafe,
+            limits: Limits::default(),
         };
         assert_eq!(disk, expected);
         assert!("x,writable".parse::<Disk>().unwrap_err().contains("unknown disk option \"writable\""));

@@ -2,6 +2,8 @@
 
 mod balloon;
 mod disk;
+mod limits;
+mod net;
 mod serial;
 mod share;
 mod size;
@@ -9,6 +11,7 @@ mod vsock;
 
 pub use balloon::Balloon;
 pub use disk::{Disk, MAX_DISK_QUEUES};
+pub use net::{MAX_NET_QUEUES, Mac, Net, NetError, VhostUse};
 pub use serial::SerialConfig;
 pub use share::{MAX_TAG_BYTES, Share};
 pub use size::Size;
@@ -77,6 +80,12 @@ pub enum Error {
         /// What the guest has.
         memory: Size,
     },
+    /// A rate limit lets nothing through.
+    #[error("{0}: size and refill-time of a rate limit must be at least 1")]
+    Limits(String),
+    /// A network device.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// A shared folder's tag does not fit.
     #[error("tag {0:?}: a shared folder's tag has 1 to {MAX_TAG_BYTES} bytes of printable ASCII")]
     ShareTag(String),
@@ -120,6 +129,8 @@ pub struct VmConfig {
     pub vsock: Option<Vsock>,
     /// Whether the guest gets random numbers from the host.
     pub rng: bool,
+    /// Network devices.
+    pub nets: Vec<Net>,
     /// The memory balloon.
     pub balloon: Option<Balloon>,
     /// Shared folders.
@@ -148,6 +159,7 @@ impl Default for VmConfig {
             vsock: None,
             rng: false,
             balloon: None,
+            nets: vec![],
             shares: vec![],
             serial: SerialConfig::default(),
             console: SerialConfig::None,
@@ -174,6 +186,7 @@ impl VmConfig {
     /// How many virtio devices the VM has.
     pub fn device_count(&self) -> usize {
         self.all_disks().count()
+            + self.nets.len()
             + usize::from(self.vsock.is_some())
             + usize::from(self.rng)
             + self.shares.len()
@@ -216,6 +229,7 @@ impl VmConfig {
                 return Err(Error::DuplicateDiskId(id));
             }
         }
+        net::check(&self.nets)?;
         let mut tags = std::collections::BTreeSet::new();
         for share in &self.shares {
             share.check()?;

@@ -1,0 +1,495 @@
+//! Network devices: taps and bridges with Linux guests behind them, and what goes wrong when they are opened.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, UdpSocket};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use crate::support::guest::linux_for_tests;
+use crate::support::{
+    LINUX_PATIENCE, Monitor, Outcome, Script, announce, binary, directory, has_fast_kvm, has_kvm, has_tool,
+    is_root, linux, skip, tiny, tool,
+};
+use rvmm::boot::testing::Program;
+use rvmm::virtio::mmio::Transport;
+use rvmm::virtio::net::{Net, NetOptions, Vhost};
+use rvmm::virtio::rate::{Bucket, Limits};
+use rvmm::virtio::testing::{Desc, Driver, Ring};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+/// What network loads need on top of a boot.
+const WORK: Duration = Duration::from_secs(300);
+
+/// Whether this process may make taps and namespaces; says so if not.
+fn has_network() -> bool {
+    if !is_root() || !has_tool("ip") {
+        return false;
+    }
+    let name = format!("rvp{}", std::process::id() % 100_000);
+    let made = |verb: &str| {
+        Command::new("ip")
+            .args(["tuntap", verb, &name, "mode", "tap"])
+            .stderr(Stdio::null())
+            .status()
+            .is_ok_and(|status| status.success())
+    };
+    let there = made("add") && made("del");
+    if !there {
+        skip("cannot make a tap on this host");
+    }
+    there
+}
+
+/// Runs `ip`, with the words of one line.
+fn ip(line: &str) -> String {
+    tool("ip", &line.split_whitespace().collect::<Vec<_>>())
+}
+
+/// Something that `ip` made, and the line that takes it away again.
+struct Made(String);
+
+impl Made {
+    /// A tap of the host's own, with an address.
+    fn tap(name: &str, address: &str, options: &str) -> Made {
+        ip(&format!("tuntap add {name} mode tap {options}"));
+        let made = Made(format!("link del {name}"));
+        ip(&format!("addr add {address} dev {name}"));
+        ip(&format!("link set {name} up"));
+        made
+    }
+
+    fn namespace(name: &str) -> Made {
+        ip(&format!("netns add {name}"));
+        let made = Made(format!("netns del {name}"));
+        ip(&format!("-n {name} link set lo up"));
+        made
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(self.0.split_whitespace()).stderr(Stdio::null()).status();
+    }
+}
+
+/// A server program that ends with the test.
+struct Server(Child);
+
+impl Server {
+    fn start(line: &str) -> Server {
+        let mut words = line.split_whitespace();
+        let mut command = Command::new(words.next().expect("a program"));
+        command.args(words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Server(command.spawn().unwrap_or_else(|error| panic!("{line}: {error}")))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Sends back what comes through TCP, connection by connection.
+fn echo_server(address: &str) {
+    let listener = TcpListener::bind(address).expect("an address of the tap's");
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            std::thread::spawn(move || {
+                let mut bytes = Vec::new();
+                let _ = stream.read_to_end(&mut bytes);
+                let _ = stream.write_all(&bytes);
+            });
+        }
+    });
+}
+
+/// Answers every question for an address with `answer`.
+fn name_server(address: &str, answer: [u8; 4]) {
+    let socket = UdpSocket::bind(address).expect("an address of the tap's");
+    std::thread::spawn(move || {
+        let mut question = [0; 512];
+        while let Ok((len, from)) = socket.recv_from(&mut question) {
+            let Some(question) = question.get(..len).filter(|question| question.len() > 16) else { continue };
+            let is_address = question[len - 4..] == [0, 1, 0, 1];
+            let mut reply = question.to_vec();
+            reply[2..4].copy_from_slice(&[0x85, 0x80]);
+            reply[6..12].copy_from_slice(&[0, u8::from(is_address), 0, 0, 0, 0]);
+            if is_address {
+                reply.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
+                reply.extend(answer);
+            }
+            let _ = socket.send_to(&reply, from);
+        }
+    });
+}
+
+fn statistic(tap: &str, name: &str) -> u64 {
+    let path = format!("/sys/class/net/{tap}/statistics/{name}");
+    std::fs::read_to_string(&path).expect(&path).trim().parse().expect("a number")
+}
+
+/// What the guest's script finds: `rate NAME ARGUMENTS…` reports megabits a second, and 0 if iperf3 fails.
+const RATE: &str = r#"
+rate() {
+    name=$1; shift
+    iperf3 --connect-timeout 20000 -f m "$@" >/tmp/iperf 2>&1 || { cat /tmp/iperf; report $name 0; return; }
+    report $name $(sed -n 's/.* \([0-9.]*\) Mbits.*receiver.*/\1/p' /tmp/iperf | tail -n 1)
+}
+"#;
+
+fn rate(outcome: &Outcome, name: &str) -> f64 {
+    let rate: f64 = outcome.value(name).parse().unwrap_or(0.0);
+    outcome.check(rate > 0.0, &format!("no bytes moved in {name}"));
+    rate
+}
+
+#[test]
+fn guest_reaches_its_host() {
+    if !has_kvm() || !has_network() {
+        return;
+    }
+    let Some(linux) = linux() else { return };
+    let _tap = Made::tap("rvsmoke", "10.77.1.1/24", "");
+    echo_server("10.77.1.1:7777");
+    let script = Script::new(
+        r#"
+ip link set eth0 up; ip addr add 10.77.1.2/24 dev eth0
+report mac $(cat /sys/class/net/eth0/address)
+ping -c 2 -W 20 10.77.1.1 >/dev/null; report ping $?
+seq 1 20000 >/tmp/sent
+nc 10.77.1.1 7777 </tmp/sent | cmp - /tmp/sent; report echo $?"#,
+    );
+    let outcome = script.run(linux.monitor().args(["--net", "tap=rvsmoke,mac=02:00:00:00:77:01"]));
+    outcome.exits(0).reports("mac", "02:00:00:00:77:01").reports("ping", "0").reports("echo", "0");
+}
+
+#[test]
+fn tap_carries_traffic_both_ways() {
+    if !has_fast_kvm() || !has_network() || !has_tool("iperf3") || !has_tool("busybox") {
+        return;
+    }
+    let Some(linux) = linux_for_tests() else { return };
+    let _tap = Made::tap("rvtap", "10.77.2.1/24", "");
+    let directory = directory();
+    let leases = directory.path().join("udhcpd");
+    let file = |name: &str| format!("{}-{name}", leases.display());
+    std::fs::write(file("leases"), "").expect("a file");
+    let configuration = format!(
+        "start 10.77.2.50\nend 10.77.2.50\ninterface rvtap\nlease_file {}\npidfile {}\noption subnet 255.255.255.0\n\
+         option router 10.77.2.1\noption dns 10.77.2.1\n",
+        file("leases"),
+        file("pid"),
+    );
+    std::fs::write(file("conf"), configuration).expect("a file");
+    let _dhcp = Server::start(&format!("busybox udhcpd -f {}", file("conf")));
+    let _iperf = Server::start("iperf3 -s -B 10.77.2.1");
+    echo_server("10.77.2.1:7777");
+    name_server("10.77.2.1:53", [10, 77, 2, 99]);
+    let (sent, received) = ("rx", "tx");
+    let count = |direction: &str, what: &str| statistic("rvtap", &format!("{direction}_{what}"));
+    let before = [sent, received].map(|way| (count(way, "bytes"), count(way, "packets")));
+    let script = Script::new(&format!(
+        r#"{RATE}
+cat >/tmp/dhcp <<'END'
+#!/bin/sh
+[ "$1" = bound ] && ip addr add $ip/24 dev $interface && echo "nameserver $dns" >/tmp/resolv && echo $ip >/tmp/ip
+exit 0
+END
+chmod +x /tmp/dhcp
+ip link set eth0 up
+udhcpc -i eth0 -n -q -t 10 -s /tmp/dhcp >/dev/null 2>&1; report dhcp $?
+report address $(cat /tmp/ip)
+report name $(nslookup -type=a host.test 10.77.2.1 | sed -n 's/^Address: //p' | tail -n 1)
+device=$(basename $(readlink -f /sys/class/net/eth0/device))
+report features $(cat /sys/bus/virtio/devices/$device/features)
+ping -c 3 -W 10 10.77.2.1 >/dev/null; report ping $?
+dd if=/dev/urandom of=/tmp/sent bs=64k count=64 2>/dev/null
+for n in 1 2 3; do nc 10.77.2.1 7777 </tmp/sent | cmp - /tmp/sent || report damaged $n; done
+report echo $?
+rate up -c 10.77.2.1 -t 2
+rate down -c 10.77.2.1 -t 2 -R
+rate up8 -c 10.77.2.1 -t 2 -P 8
+rate down8 -c 10.77.2.1 -t 2 -P 8 -R
+rate udp-up -c 10.77.2.1 -t 2 -u -b 20M
+rate udp-down -c 10.77.2.1 -t 2 -u -b 20M -R
+rate udp8 -c 10.77.2.1 -t 2 -u -b 2M -P 8
+ip link set eth0 down; ip link set eth0 up; ip addr add 10.77.2.51/24 dev eth0
+ping -c 1 -W 10 10.77.2.1 >/dev/null; report again $?"#
+    ));
+    let monitor = linux.monitor_with_memory("256M").args(["--net", "tap=rvtap,vhost=off"]);
+    let outcome = script.run_long(monitor, WORK);
+    outcome.exits(0);
+    for step in ["dhcp", "ping", "echo", "again"] {
+        outcome.reports(step, "0");
+    }
+    outcome.reports("address", "10.77.2.50").reports("name", "10.77.2.99");
+    outcome.check(!outcome.stdout.contains("damaged="), "bytes were damaged on their way");
+    // Checksums and segmentation both ways, mergeable buffers, notification by index.
+    for bit in [0, 1, 3, 5, 7, 8, 11, 12, 15, 17, 29, 32] {
+        let set = outcome.value("features").as_bytes().get(bit) == Some(&b'1');
+        outcome.check(set, &format!("feature {bit} was not negotiated"));
+    }
+    let rates = ["up", "down", "up8", "down8", "udp-up", "udp-down", "udp8"];
+    let figures: Vec<_> =
+        rates.iter().map(|name| format!("{name} {:.0} Mbit/s", rate(&outcome, name))).collect();
+    announce(&format!("figure: network of a guest: {}", figures.join(", ")));
+    for (way, (bytes, packets)) in [sent, received].iter().zip(before) {
+        let mean = (count(way, "bytes") - bytes) / (count(way, "packets") - packets).max(1);
+        outcome
+            .check(mean > 2000, &format!("packets of {mean} bytes: nobody left segmentation to the other"));
+    }
+}
+
+#[test]
+fn bridge_joins_a_guest_to_another_namespace() {
+    if !has_fast_kvm() || !has_network() || !has_tool("iperf3") {
+        return;
+    }
+    let Some(linux) = linux_for_tests() else { return };
+    let _near = Made::namespace("rvnear");
+    let _far = Made::namespace("rvfar");
+    ip("-n rvnear link add rvbr type bridge");
+    ip("-n rvnear link add rvva mtu 9000 type veth peer name rvvb netns rvfar");
+    for line in [
+        "-n rvnear link set rvva master rvbr up",
+        "-n rvnear link set rvbr mtu 9000 up",
+        "-n rvfar addr add 10.77.3.1/24 dev rvvb",
+        "-n rvfar link set rvvb mtu 9000 up",
+    ] {
+        ip(line);
+    }
+    let _iperf = Server::start("ip netns exec rvfar iperf3 -s");
+    let script = Script::new(&format!(
+        r#"{RATE}
+ip addr add 10.77.3.2/24 dev eth0; ip link set eth0 up
+report mtu $(cat /sys/class/net/eth0/mtu)
+report queues "$(echo $(ls /sys/class/net/eth0/queues))"
+ping -c 1 -W 20 10.77.3.1 >/dev/null; report ping $?
+ping -c 2 -W 10 -s 8900 10.77.3.1 >/dev/null; report jumbo $?
+rate up -c 10.77.3.1 -t 2 -P 2
+rate down -c 10.77.3.1 -t 2 -P 2 -R
+rate udp -c 10.77.3.1 -t 2 -u -b 20M -l 8900
+report interrupts $(awk '/virtio/ {{ sum += $2 + $3 }} END {{ print (sum > 0) }}' /proc/interrupts)
+trap "exit 3" TERM
+while :; do read -t 1 line; done </dev/ttyS0"#
+    ));
+    let net = "tap=rvnew,netns=/run/netns/rvnear,bridge=rvbr,mtu=9000,queues=2";
+    let running =
+        script.on(linux.monitor_with_memory("256M")).args(["--net", net, "--cpus", "2"]).start_quiet();
+    running.expect_within("interrupts=1", LINUX_PATIENCE + WORK);
+    let link = ip("-n rvnear -d link show rvnew");
+    running.signal(nix::sys::signal::Signal::SIGTERM);
+    let outcome = running.wait(LINUX_PATIENCE);
+    outcome.exits(3);
+    outcome.check(link.contains("mtu 9000") && link.contains("master rvbr"), &link);
+    outcome.reports("mtu", "9000").reports("queues", "rx-0 rx-1 tx-0 tx-1");
+    outcome.reports("ping", "0").reports("jumbo", "0");
+    for name in ["up", "down", "udp"] {
+        rate(&outcome, name);
+    }
+    // What rvmm has made is gone with it, and the rest is there.
+    let links = ip("-n rvnear link");
+    outcome.check(!links.contains("rvnew") && links.contains("rvva"), &links);
+    assert!(!Path::new("/sys/class/net/rvnew").exists());
+}
+
+#[test]
+fn rate_limits_hold() {
+    if !has_fast_kvm() || !has_network() || !has_tool("iperf3") {
+        return;
+    }
+    let Some(linux) = linux_for_tests() else { return };
+    let _tap = Made::tap("rvrate", "10.77.4.1/24", "");
+    let _iperf = Server::start("iperf3 -s -B 10.77.4.1");
+    let directory = directory();
+    let data = directory.path().join("data");
+    crate::support::image(&data, 16 << 20);
+    let disk = format!("{},bw=1M", data.display());
+    let script = Script::new(&format!(
+        r#"{RATE}
+ip addr add 10.77.4.2/24 dev eth0; ip link set eth0 up
+rate up -c 10.77.4.1 -t 4
+rate down -c 10.77.4.1 -t 4 -R
+before=$(cut -d' ' -f1 /proc/uptime)
+dd if=/dev/vdc of=/dev/null bs=64k count=64 iflag=direct 2>/dev/null; report read $?
+after=$(cut -d' ' -f1 /proc/uptime)
+report disk $(echo "$before $after" | awk '{{ print 4096 / ($2 - $1) }}')"#
+    ));
+    let net = "tap=rvrate,tx-bw=1M,rx-bw=2M,rx-bw-burst=64K,tx-bw-burst=64K";
+    // The script's disk comes first.
+    let monitor = script.on(linux.monitor_with_memory("256M")).args(["--net", net, "--disk", &disk]);
+    let outcome = monitor.run_within(LINUX_PATIENCE + WORK);
+    outcome.exits(0).reports("read", "0");
+    // In mebibytes a second; TCP's headers count for the limit and not for iperf3.
+    for (name, limit) in [("up", 1.0), ("down", 2.0)] {
+        let got = rate(&outcome, name) * 1e6 / 8.0 / f64::from(1 << 20);
+        let ratio = got / limit;
+        outcome.check((0.5..1.25).contains(&ratio), &format!("{name}: {got:.2} of {limit} MiB/s"));
+        announce(&format!("figure: {name} at {ratio:.2} of its limit"));
+    }
+    let disk = rate(&outcome, "disk") / 1024.0;
+    outcome.check((0.5..1.25).contains(&disk), &format!("disk: {disk:.2} of 1 MiB/s"));
+}
+
+/// Whether the host's kernel has threads that serve this process's queues.
+fn vhost_is_at_work() -> bool {
+    let name = format!("vhost-{}", std::process::id());
+    let is_it =
+        |path: &Path| std::fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.trim() == name);
+    let any = |directory: &str| {
+        std::fs::read_dir(directory).expect(directory).flatten().any(|entry| is_it(&entry.path()))
+    };
+    any("/proc") || any("/proc/self/task")
+}
+
+#[test]
+fn vhost_net_takes_queues_and_gives_them_back() {
+    if !has_network() {
+        return;
+    }
+    let Ok(vhost) = Vhost::open(1) else { return skip("no /dev/vhost-net") };
+    let _tap = Made::tap("rvvhost", "10.77.8.1/24", "");
+    let tap = rvmm::tap::Options { name: "rvvhost".into(), ..Default::default() };
+    let tap = rvmm::tap::open(&tap).expect("a tap");
+    let device = Net::new(tap, Some(vhost), &NetOptions::new([2, 0, 0, 0, 0x77, 8]));
+    let (limits, _) = device.limit_handles();
+    let ram = rvmm::memory::allocate(64 << 20).expect("memory");
+    let irq = EventFd::new(libc::EFD_NONBLOCK).expect("an event");
+    let transport = Transport::new(ram.clone(), Box::new(device), irq.try_clone().expect("an event"));
+    let transport = transport.expect("a transport");
+    let driver = Driver(&transport);
+    let socket = UdpSocket::bind("10.77.8.1:0").expect("an address of the tap's");
+    socket.set_broadcast(true).expect("a broadcast");
+    for round in 0..3u8 {
+        let mut rings: Vec<Ring> = (0..3).map(|n| Ring::new(&ram, 0x1000 + 0x4000 * n, 256)).collect();
+        driver.bring_up(u64::MAX, &rings.iter().collect::<Vec<_>>());
+        for n in 0..250 {
+            rings[0].send(&[Desc::writable(0x10_0000 + n * 4096, 4096)]);
+        }
+        driver.notify(0);
+        // To everybody, of a type for experiments.
+        let frame = [&[0; 12][..], &[0xff; 6], &[2, 0, 0, 0, 0x77, 8, 0x88, 0xb5], &[round; 50]].concat();
+        ram.write_slice(&frame, GuestAddress(0x8_0000)).expect("memory");
+        let mut exchange = |step: u8| {
+            let before = statistic("rvvhost", "rx_packets");
+            let head = rings[1].send(&[Desc::readable(0x8_0000, frame.len() as u32)]);
+            driver.notify(1);
+            assert_eq!(rings[1].wait_used(), (head, 0));
+            assert!(statistic("rvvhost", "rx_packets") > before);
+            let text = [b"round".as_slice(), &[round, step]].concat();
+            socket.send_to(&text, "10.77.8.255:9").expect("a packet");
+            loop {
+                // The host's own chatter comes first.
+                let (head, len) = rings[0].wait_used();
+                let mut packet = vec![0; len as usize];
+                ram.read_slice(&mut packet, GuestAddress(0x10_0000 + u64::from(head) * 4096))
+                    .expect("memory");
+                if packet.ends_with(&text) {
+                    return;
+                }
+            }
+        };
+        exchange(1);
+        assert!(vhost_is_at_work());
+        transport.pause(Duration::from_secs(20)).expect("a rest");
+        assert!(!vhost_is_at_work());
+        transport.resume();
+        exchange(2);
+        assert!(vhost_is_at_work());
+        limits.set(Limits { bandwidth: Some(Bucket::per_second(1 << 30, None)), operations: None });
+        while vhost_is_at_work() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        exchange(3);
+        limits.set(Limits::default());
+        exchange(4);
+        assert!(!vhost_is_at_work());
+        transport.pause(Duration::from_secs(20)).expect("a rest");
+        transport.resume();
+        exchange(5);
+        assert!(vhost_is_at_work());
+        assert!(irq.read().expect("interrupts") > 0);
+        driver.reset();
+        assert!(!vhost_is_at_work());
+    }
+}
+
+/// rvmm with a tiny guest that would end at once, and this network device.
+fn attempt(net: &str, wrapped: &[&str]) -> Outcome {
+    let guest = tiny(&Program::new().power_off());
+    let mut command = match wrapped {
+        [] => Command::new(binary()),
+        [program, arguments @ ..] => {
+            let mut command = Command::new(program);
+            command.args(arguments).arg(binary());
+            command
+        }
+    };
+    command.env_remove("RUST_LOG");
+    Monitor::from_command(command)
+        .arg("--kernel")
+        .arg(&guest.kernel)
+        .args(["--memory", "16M", "--net", net])
+        .run()
+}
+
+#[test]
+fn impossible_network_devices_are_refused_before_anything_is_opened() {
+    for (net, parts) in [
+        ("tap=a-name-too-long0", &["tap name", "1 to 15 bytes"][..]),
+        ("tap=a,mac=01:00:5e:00:00:01", &["01:00:5e:00:00:01", "multicast"]),
+        ("tap=a,mtu=60", &["mtu=60", "68 to 65521"]),
+        ("tap=a,vhost=on,ops=5", &["no rate limits"]),
+        ("tap=a,queues=99", &["99 queues", "1 to 16"]),
+        ("tap=a,bridge=x/y", &["bridge name"]),
+        ("tap=a,netns=/no/such/namespace", &["/no/such/namespace", "No such file"]),
+    ] {
+        attempt(net, &[]).fails_with(parts);
+    }
+    let twice = ["--net", "tap=a,mac=02:00:00:00:00:01", "--net", "tap=b,mac=02:00:00:00:00:01"];
+    Monitor::new().args(twice).run().fails_with(&["two network devices", "02:00:00:00:00:01"]);
+    Monitor::new().args(["--net", "tap=a,speed=1"]).run().exits(2).says("unknown network option");
+}
+
+#[test]
+fn taps_that_cannot_be_used_are_named_with_advice() {
+    if !has_kvm() || !has_network() {
+        return;
+    }
+    attempt("tap=lo", &[]).fails_with(&["lo cannot be used as a tap"]);
+    attempt("tap=rvx,netns=/dev/null", &[]).fails_with(&["network namespace /dev/null"]);
+    let _tap = Made::tap("rvbusy", "10.77.5.1/24", "");
+    attempt("tap=rvbusy,queues=2", &[]).fails_with(&["rvbusy", "multi_queue"]);
+    let mac = std::fs::read_to_string("/sys/class/net/rvbusy/address").expect("an address");
+    attempt(&format!("tap=rvbusy,mac={}", mac.trim()), &[]).fails_with(&["address of tap rvbusy itself"]);
+    let user = tiny(&Program::new().print("ready").halt());
+    let first = user.monitor().args(["--net", "tap=rvbusy"]).start_quiet();
+    first.expect("ready");
+    attempt("tap=rvbusy", &[]).fails_with(&["rvbusy is in use"]);
+    drop(first);
+    attempt("tap=rvbusy", &[]).exits(0);
+    assert!(Path::new("/sys/class/net/rvbusy").exists(), "an existing tap stays");
+    // One that was made for several queues can be used with one.
+    let _multi = Made::tap("rvmulti", "10.77.6.1/24", "multi_queue");
+    attempt("tap=rvmulti", &[]).exits(0);
+    attempt("tap=rvmulti,queues=3", &[]).exits(0);
+    attempt("tap=rvgone", &[]).exits(0);
+    assert!(!Path::new("/sys/class/net/rvgone").exists(), "a tap that rvmm made goes with it");
+    if has_tool("setpriv") {
+        let weak = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-all"];
+        attempt("tap=rvother", &weak).fails_with(&["rvother", "may not make it", "ip tuntap"]);
+        let _owned = Made::tap("rvowned", "10.77.7.1/24", "user 12345");
+        attempt("tap=rvowned", &weak).fails_with(&["rvowned", "belongs to another user"]);
+        attempt("tap=rvbusy", &weak).exits(0);
+    }
+    if has_tool("unshare") {
+        let line = "mount -t tmpfs none /dev/net && exec \"$@\"";
+        let wrapped = ["unshare", "-m", "sh", "-c", line, "sh"];
+        attempt("tap=rvx", &wrapped).fails_with(&["/dev/net/tun does not exist", "modprobe tun"]);
+    }
+}
