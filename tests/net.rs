@@ -274,8 +274,8 @@ ping -c 2 -W 10 -s 8900 10.77.3.1 >/dev/null; report jumbo $?
 rate up -c 10.77.3.1 -t 2 -P 2
 rate down -c 10.77.3.1 -t 2 -P 2 -R
 rate udp -c 10.77.3.1 -t 2 -u -b 20M -l 8900
-report interrupts $(awk '/virtio/ {{ sum += $2 + $3 }} END {{ print (sum > 0) }}' /proc/interrupts)
 trap "exit 3" TERM
+report interrupts $(awk '/virtio/ {{ sum += $2 + $3 }} END {{ print (sum > 0) }}' /proc/interrupts)
 while :; do read -t 1 line; done </dev/ttyS0"#
     ));
     let net = "tap=rvnew,netns=/run/netns/rvnear,bridge=rvbr,mtu=9000,queues=2";
@@ -299,8 +299,8 @@ while :; do read -t 1 line; done </dev/ttyS0"#
 }
 
 #[test]
-fn rate_limits_hold() {
-    if !has_fast_kvm() || !has_network() || !has_tool("iperf3") {
+fn rate_limits_hold_and_change() {
+    if !has_fast_kvm() || !has_network() || !has_tool("iperf3") || !has_tool("curl") {
         return;
     }
     let Some(linux) = linux_for_tests() else { return };
@@ -315,6 +315,9 @@ fn rate_limits_hold() {
 ip addr add 10.77.4.2/24 dev eth0; ip link set eth0 up
 rate up -c 10.77.4.1 -t 4
 rate down -c 10.77.4.1 -t 4 -R
+report measured yes; read go </dev/ttyS0
+rate slower -c 10.77.4.1 -t 4
+rate faster -c 10.77.4.1 -t 4 -R
 before=$(cut -d' ' -f1 /proc/uptime)
 dd if=/dev/vdc of=/dev/null bs=64k count=64 iflag=direct 2>/dev/null; report read $?
 after=$(cut -d' ' -f1 /proc/uptime)
@@ -322,16 +325,29 @@ report disk $(echo "$before $after" | awk '{{ print 4096 / ($2 - $1) }}')"#
     ));
     let net = "tap=rvrate,tx-bw=1M,rx-bw=2M,rx-bw-burst=64K,tx-bw-burst=64K";
     // The script's disk comes first.
+    let socket = directory.path().join("api");
     let monitor = script.on(linux.monitor_with_memory("256M")).args(["--net", net, "--disk", &disk]);
-    let outcome = monitor.run_within(LINUX_PATIENCE + WORK);
+    let mut running = monitor.arg("--api-socket").arg(&socket).start_with_input();
+    running.expect_within("measured=yes", LINUX_PATIENCE + WORK);
+    // Half of it one way, and no limit the other.
+    let body = r#"{"iface_id":"net0","tx_rate_limiter":{"bandwidth":{"size":52428,"refill_time":100}},
+        "rx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}}}"#;
+    let request =
+        ["-sS", "-X", "PATCH", "-d", body, "-o", "/dev/null", "-w", "%{http_code}", "--unix-socket"];
+    let place = [socket.to_str().expect("a path"), "http://localhost/network-interfaces/net0"];
+    assert_eq!(tool("curl", &[&request[..], &place].concat()), "204");
+    running.send("go\n");
+    let outcome = running.wait(LINUX_PATIENCE + WORK);
     outcome.exits(0).reports("read", "0");
     // In mebibytes a second; TCP's headers count for the limit and not for iperf3.
-    for (name, limit) in [("up", 1.0), ("down", 2.0)] {
+    for (name, limit) in [("up", 1.0), ("down", 2.0), ("slower", 0.5)] {
         let got = rate(&outcome, name) * 1e6 / 8.0 / f64::from(1 << 20);
         let ratio = got / limit;
         outcome.check((0.5..1.25).contains(&ratio), &format!("{name}: {got:.2} of {limit} MiB/s"));
         announce(&format!("figure: {name} at {ratio:.2} of its limit"));
     }
+    let faster = rate(&outcome, "faster") / rate(&outcome, "down");
+    outcome.check(faster > 1.25, &format!("without a limit it is {faster:.2} times as fast"));
     let disk = rate(&outcome, "disk") / 1024.0;
     outcome.check((0.5..1.25).contains(&disk), &format!("disk: {disk:.2} of 1 MiB/s"));
 }
@@ -366,7 +382,8 @@ fn vhost_net_takes_queues_and_gives_them_back() {
     let socket = UdpSocket::bind("10.77.8.1:0").expect("an address of the tap's");
     socket.set_broadcast(true).expect("a broadcast");
     for round in 0..3u8 {
-        let mut rings: Vec<Ring> = (0..3).map(|n| Ring::new(&ram, 0x1000 + 0x4000 * n, 256)).collect();
+        let ring = |n: u64| Ring::new(&ram, 0x1000 + 0x4000 * n, if n == 2 { 64 } else { 256 });
+        let mut rings: Vec<Ring> = (0..3).map(ring).collect();
         driver.bring_up(u64::MAX, &rings.iter().collect::<Vec<_>>());
         for n in 0..250 {
             rings[0].send(&[Desc::writable(0x10_0000 + n * 4096, 4096)]);

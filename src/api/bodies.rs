@@ -2,11 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use crate::vm::config::{self, DiskCache, DiskIo, VmConfig};
-use crate::vm::control::{BalloonReport, State};
+use crate::vm::control::{BalloonReport, Bucket, Limits, LimitsChange, State};
 
 /// Answer to `GET /`.
 #[derive(Serialize)]
@@ -81,13 +80,59 @@ pub struct BalloonStatsUpdate {
     pub stats_polling_interval_s: u16,
 }
 
+/// A token bucket; one whose size or time is 0 limits nothing.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBucket {
+    size: u64,
+    one_time_burst: Option<u64>,
+    /// Milliseconds.
+    refill_time: u64,
+}
+
+impl TokenBucket {
+    fn bucket(self) -> Bucket {
+        let one_time_burst = self.one_time_burst.unwrap_or(0);
+        Bucket { size: self.size, one_time_burst, refill_time: self.refill_time }
+    }
+
+    fn new(bucket: Bucket) -> Self {
+        let one_time_burst = Some(bucket.one_time_burst);
+        Self { size: bucket.size, one_time_burst, refill_time: bucket.refill_time }
+    }
+}
+
+/// Limits, in both directions: what is not there stays as it is.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimiter {
+    bandwidth: Option<TokenBucket>,
+    ops: Option<TokenBucket>,
+}
+
+impl RateLimiter {
+    pub fn change(self) -> LimitsChange {
+        LimitsChange {
+            bandwidth: self.bandwidth.map(TokenBucket::bucket),
+            operations: self.ops.map(TokenBucket::bucket),
+        }
+    }
+
+    fn new(limits: Limits) -> Option<Self> {
+        (limits != Limits::default()).then(|| Self {
+            bandwidth: limits.bandwidth.map(TokenBucket::new),
+            ops: limits.operations.map(TokenBucket::new),
+        })
+    }
+}
+
 /// Body of `PATCH /drives/{id}`.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PartialDrive {
     pub drive_id: String,
     pub path_on_host: Option<PathBuf>,
-    pub rate_limiter: Option<IgnoredAny>,
+    pub rate_limiter: Option<RateLimiter>,
 }
 
 /// Body of `PATCH /network-interfaces/{id}`.
@@ -95,8 +140,8 @@ pub struct PartialDrive {
 #[serde(deny_unknown_fields)]
 pub struct PartialNetworkInterface {
     pub iface_id: String,
-    pub rx_rate_limiter: Option<IgnoredAny>,
-    pub tx_rate_limiter: Option<IgnoredAny>,
+    pub rx_rate_limiter: Option<RateLimiter>,
+    pub tx_rate_limiter: Option<RateLimiter>,
 }
 
 /// Answer to `GET /balloon`.
@@ -196,9 +241,18 @@ struct Drive<'a> {
     cache_type: &'static str,
     is_read_only: bool,
     path_on_host: &'a Path,
-    rate_limiter: Option<&'a str>,
+    rate_limiter: Option<RateLimiter>,
     io_engine: &'static str,
     socket: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct NetworkInterface<'a> {
+    iface_id: String,
+    host_dev_name: &'a str,
+    guest_mac: Option<String>,
+    rx_rate_limiter: Option<RateLimiter>,
+    tx_rate_limiter: Option<RateLimiter>,
 }
 
 #[derive(Serialize)]
@@ -230,7 +284,7 @@ pub struct FullVmConfiguration<'a> {
     machine_config: MachineConfiguration,
     metrics: Option<&'a str>,
     mmds_config: Option<&'a str>,
-    network_interfaces: [&'a str; 0],
+    network_interfaces: Vec<NetworkInterface<'a>>,
     vsock: Option<Vsock<'a>>,
     entropy: Option<Entropy<'a>>,
 }
@@ -247,12 +301,19 @@ impl<'a> FullVmConfiguration<'a> {
             },
             is_read_only: disk.readonly,
             path_on_host: &disk.path,
-            rate_limiter: None,
+            rate_limiter: RateLimiter::new(disk.limits),
             io_engine: match disk.io {
                 DiskIo::Auto | DiskIo::Uring => "Async",
                 DiskIo::Sync => "Sync",
             },
             socket: None,
+        };
+        let interface = |(index, net): (usize, &'a config::Net)| NetworkInterface {
+            iface_id: net.id(index),
+            host_dev_name: &net.tap,
+            guest_mac: net.mac.map(|mac| mac.to_string()),
+            rx_rate_limiter: RateLimiter::new(net.rx_limits),
+            tx_rate_limiter: RateLimiter::new(net.tx_limits),
         };
         Self {
             balloon: config.balloon.as_ref().map(Balloon::new),
@@ -267,7 +328,7 @@ impl<'a> FullVmConfiguration<'a> {
             machine_config: MachineConfiguration::new(config),
             metrics: None,
             mmds_config: None,
-            network_interfaces: [],
+            network_interfaces: config.nets.iter().enumerate().map(interface).collect(),
             vsock: config.vsock.as_ref().map(Vsock::new),
             entropy: config.rng.then_some(Entropy { rate_limiter: None }),
         }

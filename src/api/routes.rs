@@ -81,6 +81,7 @@ impl From<control::Error> for Fault {
             | control::Error::NoStatistics
             | control::Error::BalloonTooLarge { .. }
             | control::Error::NoDisk(_)
+            | control::Error::NoNet(_)
             | control::Error::Disk(_) => BAD_REQUEST,
         };
         Self { status, message: crate::error_chain(&error) }
@@ -154,7 +155,7 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Route, Fault> {
             done(Command::SetStatsInterval(Duration::from_secs(seconds.into())))
         }
         ("PATCH", ["drives", id]) => patch_drive(id, parse(body)?)?,
-        ("PATCH", ["network-interfaces", id]) => patch_network_interface(id, &parse(body)?)?,
+        ("PATCH", ["network-interfaces", id]) => patch_network_interface(id, parse(body)?)?,
         ("PUT", ["actions"]) => put_action(parse::<Action>(body)?.action_type)?,
         ("PUT", [first, ..]) if BEFORE_START.contains(first) => return Err(after_start()),
         ("PATCH", ["machine-config"]) => return Err(after_start()),
@@ -188,19 +189,21 @@ fn check_id(path: &str, body: &str) -> Result<(), Fault> {
 
 fn patch_drive(id: &str, drive: PartialDrive) -> Result<Route, Fault> {
     check_id(id, &drive.drive_id)?;
-    if drive.rate_limiter.is_some() {
-        return Err(Fault::bad_request("this drive has no rate limiter"));
+    if drive.path_on_host.is_none() && drive.rate_limiter.is_none() {
+        return Err(Fault::bad_request("there is nothing to change"));
     }
-    let path = drive.path_on_host.ok_or_else(|| Fault::bad_request("there is nothing to change"))?;
-    Ok(done(Command::SetImage { disk: drive.drive_id, path }))
+    let limits = drive.rate_limiter.unwrap_or_default().change();
+    Ok(done(Command::ChangeDisk { disk: drive.drive_id, path: drive.path_on_host, limits }))
 }
 
-fn patch_network_interface(id: &str, interface: &PartialNetworkInterface) -> Result<Route, Fault> {
+fn patch_network_interface(id: &str, interface: PartialNetworkInterface) -> Result<Route, Fault> {
     check_id(id, &interface.iface_id)?;
     if interface.rx_rate_limiter.is_none() && interface.tx_rate_limiter.is_none() {
         return Err(Fault::bad_request("there is nothing to change"));
     }
-    Err(Fault::bad_request(format!("the VM has no network interface {id:?}")))
+    let receive = interface.rx_rate_limiter.unwrap_or_default().change();
+    let transmit = interface.tx_rate_limiter.unwrap_or_default().change();
+    Ok(done(Command::ChangeNet { net: interface.iface_id, receive, transmit }))
 }
 
 fn put_action(action: ActionType) -> Result<Route, Fault> {
@@ -233,6 +236,8 @@ pub fn answer(reply: Reply, shape: Shape) -> Result<Answer, Fault> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    use crate::vm::control::{Bucket, LimitsChange};
 
     fn fault(method: &str, path: &str, body: &str) -> String {
         match route(method, path, body.as_bytes()) {
@@ -268,7 +273,22 @@ mod tests {
         assert_eq!(command("PUT", "/actions", r#"{"action_type":"SendCtrlAltDel"}"#), Command::PressPower);
         assert_eq!(
             command("PATCH", "/drives/d", r#"{"drive_id":"d","path_on_host":"/x"}"#),
-            Command::SetImage { disk: "d".into(), path: "/x".into() }
+            Command::ChangeDisk {
+                disk: "d".into(),
+                path: Some("/x".into()),
+                limits: LimitsChange::default()
+            }
+        );
+        let body =
+            r#"{"iface_id":"e","rx_rate_limiter":{"ops":{"size":5,"refill_time":100}},"tx_rate_limiter":{}}"#;
+        let bucket = Bucket { size: 5, one_time_burst: 0, refill_time: 100 };
+        assert_eq!(
+            command("PATCH", "/network-interfaces/e", body),
+            Command::ChangeNet {
+                net: "e".into(),
+                receive: LimitsChange { operations: Some(bucket), bandwidth: None },
+                transmit: LimitsChange::default(),
+            }
         );
         let flush = route("PUT", "/actions", br#"{"action_type":"FlushMetrics"}"#);
         assert_eq!(flush, Ok(Route::Answer(Answer::nothing())));
@@ -296,12 +316,7 @@ mod tests {
             ("PATCH", "/drives/a", r#"{"drive_id":"b","path_on_host":"/x"}"#, "\"a\" in the path"),
             ("PATCH", "/drives/a", r#"{"drive_id":"a"}"#, "nothing to change"),
             ("PATCH", "/drives/", r#"{"drive_id":"a"}"#, "Invalid request"),
-            (
-                "PATCH",
-                "/network-interfaces/e",
-                r#"{"iface_id":"e","rx_rate_limiter":{}}"#,
-                "no network interface \"e\"",
-            ),
+            ("PATCH", "/network-interfaces/e", r#"{"iface_id":"e"}"#, "nothing to change"),
             ("PUT", "/actions", r#"{"action_type":"InstanceStart"}"#, "not supported after starting"),
             ("PUT", "/machine-config", r#"{"vcpu_count":2}"#, "not supported after starting"),
             ("PUT", "/drives/x", "nonsense", "not supported after starting"),

@@ -77,6 +77,34 @@ impl Limits {
     }
 }
 
+/// A change of limits: buckets that are not named stay, and one that lets nothing through takes the limit away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LimitsChange {
+    /// Bytes.
+    pub bandwidth: Option<Bucket>,
+    /// Packets or requests.
+    pub operations: Option<Bucket>,
+}
+
+impl LimitsChange {
+    /// Whether it changes nothing.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The limits after it.
+    pub fn apply(self, to: Limits) -> Limits {
+        let change = |new: Option<Bucket>, old| match new {
+            Some(bucket) => Some(bucket).filter(Bucket::is_valid),
+            None => old,
+        };
+        Limits {
+            bandwidth: change(self.bandwidth, to.bandwidth),
+            operations: change(self.operations, to.operations),
+        }
+    }
+}
+
 /// Changes the limits of a device, also while it runs.
 #[derive(Clone, Debug)]
 pub struct LimitHandle(Arc<Control>);
@@ -90,7 +118,7 @@ impl LimitHandle {
     /// Sets limits, with full buckets; what waits for the old ones is looked at again.
     pub fn set(&self, limits: Limits) {
         *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
-        self.0.version.fetch_add(1, Ordering::Release);
+        self.0.version.fetch_add(1, Ordering::SeqCst);
         self.0.arm(Duration::from_nanos(1));
     }
 }
@@ -167,13 +195,14 @@ impl Limiter {
         if version == self.seen && self.bandwidth.is_none() && self.operations.is_none() {
             return true;
         }
-        match self.ready_at(Instant::now()) {
-            None => true,
-            Some(wait) => {
-                self.control.arm(wait);
-                false
+        while let Some(wait) = self.ready_at(Instant::now()) {
+            self.control.arm(wait);
+            // Limits that were set meanwhile have armed the timer before, so nothing would come of that.
+            if self.control.version.load(Ordering::SeqCst) == self.seen {
+                return false;
             }
         }
+        true
     }
 
     /// How long to wait until something may pass; `None` if it may now.
@@ -334,6 +363,18 @@ mod tests {
         assert_eq!(limiter.ready_at(later), None);
         limiter.take(1000);
         assert!(limiter.ready_at(later).is_some());
+    }
+
+    #[test]
+    fn change_leaves_what_it_does_not_name() {
+        let (small, large) = (Bucket::per_second(10, None), Bucket::per_second(1000, None));
+        let limits = Limits { bandwidth: Some(small), operations: Some(small) };
+        let change = LimitsChange { bandwidth: Some(large), operations: None };
+        assert_eq!(change.apply(limits), Limits { bandwidth: Some(large), operations: Some(small) });
+        let none = Bucket { size: 0, one_time_burst: 0, refill_time: 0 };
+        let change = LimitsChange { bandwidth: None, operations: Some(none) };
+        assert_eq!(change.apply(limits), Limits { bandwidth: Some(small), operations: None });
+        assert!(LimitsChange::default().is_empty() && !change.is_empty());
     }
 
     #[test]

@@ -14,6 +14,7 @@ use super::pause;
 use crate::disk;
 use crate::virtio::balloon::{BalloonHandle, PAGE_BYTES, Statistics};
 use crate::virtio::mmio::Transport;
+pub use crate::virtio::rate::{Bucket, Limits, LimitsChange};
 
 /// Commands that wait at most. Who sends more is told to come back later.
 const WAITING_MAX: usize = 256;
@@ -50,6 +51,9 @@ pub enum Error {
     /// There is no such disk.
     #[error("the VM has no disk {0:?}")]
     NoDisk(String),
+    /// There is no such network device.
+    #[error("the VM has no network interface {0:?}")]
+    NoNet(String),
     /// The disk's new image.
     #[error(transparent)]
     Disk(#[from] disk::Error),
@@ -74,12 +78,23 @@ pub enum Command {
     SetBalloon(Size),
     /// Set how often the guest tells of its memory.
     SetStatsInterval(Duration),
-    /// Give a disk another image, or have it look at the size of the one it has.
-    SetImage {
+    /// Change a disk.
+    ChangeDisk {
         /// The disk's id.
         disk: String,
-        /// The image.
-        path: PathBuf,
+        /// Another image, or the same one, whose size is looked at again.
+        path: Option<PathBuf>,
+        /// Its limits.
+        limits: LimitsChange,
+    },
+    /// Change a network device.
+    ChangeNet {
+        /// The device's id.
+        net: String,
+        /// Limits on what the guest receives.
+        receive: LimitsChange,
+        /// Limits on what the guest sends.
+        transmit: LimitsChange,
     },
 }
 
@@ -247,7 +262,13 @@ impl Controlled {
                     balloon.stats_interval = u32::try_from(interval.as_secs()).unwrap_or(u32::MAX);
                 }
             }
-            Command::SetImage { disk, path } => reconfigure(self.set_image(&disk, path)?),
+            Command::ChangeDisk { disk, path, limits } => {
+                if let Some(path) = path {
+                    reconfigure(self.set_image(&disk, path)?);
+                }
+                self.limit_disk(&disk, limits)?;
+            }
+            Command::ChangeNet { net, receive, transmit } => self.limit_net(&net, receive, transmit)?,
             // The main loop's own.
             Command::Pause | Command::Resume | Command::PressPower => {}
         }
@@ -256,6 +277,32 @@ impl Controlled {
 
     fn balloon(&self) -> Result<(usize, &BalloonHandle), Error> {
         self.handles.balloon.as_ref().map(|(index, handle)| (*index, handle)).ok_or(Error::NoBalloon)
+    }
+
+    fn limit_disk(&mut self, id: &str, change: LimitsChange) -> Result<(), Error> {
+        let found =
+            self.handles.disks.iter().zip(self.config.all_disks_mut()).find(|(disk, _)| disk.id == id);
+        let (disk, config) = found.ok_or_else(|| Error::NoDisk(id.to_owned()))?;
+        if !change.is_empty() {
+            config.limits = change.apply(config.limits);
+            disk.limits.set(config.limits);
+        }
+        Ok(())
+    }
+
+    fn limit_net(&mut self, id: &str, receive: LimitsChange, transmit: LimitsChange) -> Result<(), Error> {
+        let found = self.handles.nets.iter().zip(&mut self.config.nets).find(|(net, _)| net.id == id);
+        let (net, config) = found.ok_or_else(|| Error::NoNet(id.to_owned()))?;
+        for (handle, limits, change) in [
+            (&net.receive_limits, &mut config.rx_limits, receive),
+            (&net.transmit_limits, &mut config.tx_limits, transmit),
+        ] {
+            if !change.is_empty() {
+                *limits = change.apply(*limits);
+                handle.set(*limits);
+            }
+        }
+        Ok(())
     }
 
     /// Gives a disk its image; returns the disk's place among the devices.
@@ -270,8 +317,7 @@ impl Controlled {
         } else {
             disk.handle.set_image(disk::open(&path, &image.options())?);
         }
-        let (root, others) = (&mut self.config.rootfs, &mut self.config.disks);
-        if let Some(disk) = root.iter_mut().chain(others).nth(index) {
+        if let Some(disk) = self.config.all_disks_mut().nth(index) {
             disk.path = path;
         }
         Ok(index)

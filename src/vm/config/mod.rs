@@ -175,6 +175,11 @@ impl VmConfig {
         self.rootfs.iter().chain(&self.disks)
     }
 
+    /// The same, to change them.
+    pub fn all_disks_mut(&mut self) -> impl Iterator<Item = &mut Disk> {
+        self.rootfs.iter_mut().chain(&mut self.disks)
+    }
+
     /// Where the serial port leads. Standard input and output have room for one, and a virtio console there comes first.
     pub fn serial_place(&self) -> &SerialConfig {
         match (&self.console, &self.serial) {
