@@ -341,6 +341,23 @@ impl Tap {
         Ok(())
     }
 
+    /// Loses the packets that wait to be read, or most of them if more come all the time.
+    pub fn discard(&self) {
+        const ENOUGH: usize = 4096;
+        let mut byte = [0u8; 1];
+        // SAFETY: the byte outlives all uses of the piece, and nothing else refers to it meanwhile.
+        let piece = unsafe { Piece::new(byte.as_mut_ptr(), byte.len()) };
+        for queue in
+            (0..self.queues.len()).filter(|queue| self.queues.get(*queue).is_some_and(|queue| queue.attached))
+        {
+            for _ in 0..ENOUGH {
+                if self.read(queue, &[piece]).is_err() {
+                    break;
+                }
+            }
+        }
+    }
+
     /// Reads a packet into `pieces`; [`io::ErrorKind::WouldBlock`] if there is none.
     pub fn read(&self, queue: usize, pieces: &[Piece]) -> io::Result<usize> {
         self.transfer(queue, pieces, libc::readv)

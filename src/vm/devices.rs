@@ -152,6 +152,13 @@ fn open_net(net: &config::Net) -> Result<Net, Error> {
         Some(mac) => mac,
         None => config::Mac::random().map_err(Error::Random)?,
     };
+    if let Some(mtu) = net.mtu.filter(|mtu| *mtu != tap.mtu()) {
+        let has = tap.mtu();
+        tracing::warn!(
+            "tap {} has an MTU of {has}, and the guest is told mtu={mtu}: larger packets are lost",
+            net.tap
+        );
+    }
     if mac.0 == tap.mac() {
         return Err(Error::SameMac { mac, tap: net.tap.clone() });
     }

@@ -31,6 +31,8 @@ use crate::tap::{HEADER_BYTES, Piece, Tap, offload};
 const MAX_PACKET_BYTES: usize = HEADER_BYTES + 18 + 65535;
 /// The smallest packet that is one: an Ethernet header behind the virtio header.
 const MIN_PACKET_BYTES: usize = HEADER_BYTES + 14;
+/// Packets in a row that the guest has no room for, after which the next one is waited for.
+const LOST_MAX: u32 = 256;
 /// Size of the control queue.
 const CONTROL_QUEUE_SIZE: u16 = 64;
 /// Entries of the other queues.
@@ -177,13 +179,19 @@ impl Net {
     fn receive(&mut self, pair: usize, done: &mut Completions) {
         let Some(active) = &mut self.active else { return };
         let Some(receiver) = active.receivers.get_mut(pair) else { return };
+        let mut lost = 0;
         while receiver.readable {
             if !self.receive_limiter.ready() {
                 return;
             }
             match receiver.receive(&active.ram, &self.tap, pair, active.shape, done) {
                 Ok(Received::Packet(bytes)) => self.receive_limiter.take(bytes),
-                Ok(Received::Lost) => tracing::debug!("a packet does not fit the guest's buffers"),
+                Ok(Received::Lost) => {
+                    tracing::debug!("a packet does not fit the guest's buffers");
+                    lost += 1;
+                    // Each uses up no buffer, so nothing else would end this as long as they come.
+                    receiver.readable = lost < LOST_MAX;
+                }
                 Ok(Received::Empty | Received::NoRoom) => return,
                 Err(error) => return active.log(self.tap.name(), &error),
             }
@@ -208,13 +216,14 @@ impl Net {
             return Handled::Done(chain, 0);
         }
         match self.tap.write(pair, pieces) {
-            Ok(_) => self.transmit_limiter.take((len - HEADER_BYTES) as u64),
+            Ok(_) => {}
             // The tap says when it has room.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Handled::Wait(chain),
             // A header that makes no sense is the guest's affair.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
             Err(error) => active.log(self.tap.name(), &error),
         }
+        self.transmit_limiter.take((len - HEADER_BYTES) as u64);
         Handled::Done(chain, 0)
     }
 
@@ -314,8 +323,11 @@ impl Device for Net {
         self.transmit_limiter.start()?;
         self.tap.set_active(1)?;
         self.tap.set_offloads(host_offloads(features))?;
+        // What waits there was meant for another driver, which may have taken packets that this one does not.
+        self.tap.discard();
         let shape = Shape {
             mergeable: features & feature::MRG_RXBUF != 0,
+            checksums: features & feature::GUEST_CSUM != 0,
             largest: receive::largest(features & LARGE != 0, self.mtu),
         };
         self.active = Some(Active {

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 
-use super::spec::HEADER_NUM_BUFFERS;
+use super::spec::{HEADER_FLAGS, HEADER_NUM_BUFFERS};
 use super::{MAX_PACKET_BYTES, push_pieces};
 use crate::memory::Ram;
 use crate::tap::{HEADER_BYTES, Piece, Tap};
@@ -20,6 +20,8 @@ const PIECES_MAX: usize = libc::UIO_MAXIOV as usize - 1;
 pub(super) struct Shape {
     /// A packet may be spread over several chains.
     pub(super) mergeable: bool,
+    /// It knows checksums that are left to it.
+    pub(super) checksums: bool,
     /// Bytes that the largest packet has, with its header.
     pub(super) largest: usize,
 }
@@ -62,10 +64,15 @@ impl Receiver {
         enough && self.held.len() >= HELD_MAX
     }
 
-    /// Keeps a chain for packets to come; gives it back if it has no room for a header.
+    /// Keeps a chain for packets to come; gives it back if it has no room for a header and is the first.
     pub(super) fn hold(&mut self, ram: &Ram, chain: Chain) -> Result<(), Chain> {
-        if (chain.writable_len() as usize) < HEADER_BYTES {
-            return Err(chain);
+        if is_short(&chain) {
+            if self.held.is_empty() {
+                return Err(chain);
+            }
+            // Chains go back in the order in which they came.
+            self.held.push_back((chain, 0));
+            return Ok(());
         }
         let before = self.pieces.len();
         let writer = chain.writer(ram);
@@ -90,6 +97,7 @@ impl Receiver {
         shape: Shape,
         done: &mut Completions,
     ) -> io::Result<Received> {
+        self.shed_short(pair, done);
         let Some((first, count)) = self.held.front() else { return Ok(Received::NoRoom) };
         self.target.clear();
         let mut room = 0;
@@ -133,26 +141,41 @@ impl Receiver {
         if len > room || len < HEADER_BYTES {
             return Ok(Received::Lost);
         }
-        self.complete(ram, pair, len, done);
+        self.complete(ram, pair, shape, len, done);
         Ok(Received::Packet((len - HEADER_BYTES) as u64))
     }
 
+    /// Hands in chains at the front that nothing can be written to.
+    fn shed_short(&mut self, pair: usize, done: &mut Completions) {
+        while let Some((chain, _)) = self.held.pop_front_if(|(chain, _)| is_short(chain)) {
+            done.push(Completion { queue: (pair * 2) as u16, chain, written: 0 });
+        }
+    }
+
     /// Hands in the chains that a packet of `len` bytes has filled.
-    fn complete(&mut self, ram: &Ram, pair: usize, len: usize, done: &mut Completions) {
+    fn complete(&mut self, ram: &Ram, pair: usize, shape: Shape, len: usize, done: &mut Completions) {
         let start = done.len();
         let mut left = len;
         while left > 0 {
             let Some((chain, count)) = self.held.pop_front() else { break };
-            let written = left.min(chain.writable_len() as usize);
+            let room = if is_short(&chain) { 0 } else { chain.writable_len() as usize };
+            let written = left.min(room);
             left -= written;
-            self.room -= chain.writable_len() as usize;
+            self.room -= room;
             self.pieces.drain(..count.min(self.pieces.len()));
             done.push(Completion { queue: (pair * 2) as u16, chain, written: written as u32 });
         }
         let buffers = (done.len() - start) as u16;
         if let Some(first) = done.get(start) {
-            let written = first.chain.writer(ram).split_at(HEADER_NUM_BUFFERS);
-            let written = written.and_then(|(_, mut at)| at.write_all(&buffers.to_le_bytes()));
+            let set = |at: u32, bytes: &[u8]| {
+                let header = first.chain.writer(ram).split_at(at);
+                header.and_then(|(_, mut rest)| rest.write_all(bytes))
+            };
+            let mut written = set(HEADER_NUM_BUFFERS, &buffers.to_le_bytes());
+            if !shape.checksums {
+                // §5.1.6.4.1; the host may say that it has seen a checksum to be right.
+                written = written.and(set(HEADER_FLAGS, &[0]));
+            }
             debug_assert!(matches!(written, Ok(()) | Err(TooShort)));
         }
     }
@@ -163,6 +186,11 @@ impl Receiver {
         self.pieces.clear();
         self.room = 0;
     }
+}
+
+/// Whether a chain has no room for a header.
+fn is_short(chain: &Chain) -> bool {
+    (chain.writable_len() as usize) < HEADER_BYTES
 }
 
 /// Bytes of the largest packet that comes to a driver that takes large ones or not, with its header.

@@ -21,8 +21,6 @@ pub mod feature {
     pub const GUEST_TSO6: u64 = 1 << 8;
     /// The driver takes large TCP packets with ECN.
     pub const GUEST_ECN: u64 = 1 << 9;
-    /// The driver takes large UDP packets, fragmented.
-    pub const GUEST_UFO: u64 = 1 << 10;
     /// The device takes large TCP packets over IPv4.
     pub const HOST_TSO4: u64 = 1 << 11;
     /// The device takes large TCP packets over IPv6.
@@ -43,6 +41,8 @@ pub mod feature {
     pub const HOST_USO: u64 = 1 << 56;
 }
 
+/// Where `flags` lies in the header before each packet (§5.1.6).
+pub const HEADER_FLAGS: u32 = 0;
 /// Where `num_buffers` lies in the header before each packet (§5.1.6).
 pub const HEADER_NUM_BUFFERS: u32 = 10;
 

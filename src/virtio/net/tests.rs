@@ -54,6 +54,9 @@ impl Rig {
         self.rings = (0..=count).map(ring).collect();
         let rings: Vec<_> = self.rings.iter().collect();
         Driver(&self.transport).bring_up(features, &rings);
+        // A device that can rest has started: what arrives from now on is for this driver.
+        self.pause();
+        self.transport.resume();
     }
 
     /// Makes `count` empty buffers of `len` bytes available to pair 0.
@@ -163,6 +166,47 @@ fn packet_without_room_is_lost_and_the_next_one_comes() {
     rig.far[0].send(&[1, 2, 3]).unwrap();
     rig.arrive(&pattern(100, 5));
     assert_eq!(rig.rings[0].wait_used(), (1, 112));
+}
+
+#[test]
+fn buffers_without_room_go_back_in_their_turn() {
+    let mut rig = Rig::new(1, !feature::MRG_RXBUF);
+    rig.supply(1, 1526);
+    rig.rings[0].send(&[Desc::writable(BUFFERS, 11)]);
+    rig.supply(1, 1526);
+    // Chains that were taken and not used are as if they never were.
+    rig.pause();
+    assert_eq!(rig.rings[0].used_index(), 0);
+    rig.transport.resume();
+    rig.arrive(&pattern(100, 4));
+    assert_eq!(rig.rings[0].wait_used(), (0, 112));
+    rig.arrive(&pattern(100, 5));
+    assert_eq!(rig.rings[0].wait_used(), (1, 0));
+    assert_eq!(rig.rings[0].wait_used(), (2, 112));
+}
+
+#[test]
+fn driver_without_checksums_hears_nothing_of_them() {
+    for (features, flags) in [(u64::MAX, 2), (!feature::GUEST_CSUM, 0)] {
+        let mut rig = Rig::new(1, features);
+        rig.supply(20, 4096);
+        let mut packet = pattern(HEADER_BYTES + 60, 1);
+        packet[0] = 2; // VIRTIO_NET_HDR_F_DATA_VALID
+        rig.far[0].send(&packet).unwrap();
+        assert_eq!(rig.rings[0].wait_used(), (0, 72));
+        assert_eq!(rig.bytes(BUFFERS, 1), [flags]);
+    }
+}
+
+#[test]
+fn packets_for_an_earlier_driver_are_lost() {
+    let mut rig = Rig::new(1, u64::MAX);
+    Driver(&rig.transport).reset();
+    rig.arrive(&pattern(100, 1));
+    rig.bring_up(2, u64::MAX);
+    rig.supply(20, 4096);
+    rig.arrive(&pattern(200, 2));
+    assert_eq!(rig.rings[0].wait_used(), (0, 212));
 }
 
 #[test]

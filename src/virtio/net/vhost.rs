@@ -132,33 +132,39 @@ impl Vhost {
             ioctl(file, SET_OWNER, &mut ())?;
             ioctl(file, SET_FEATURES, &mut features)?;
             ioctl(file, SET_MEM_TABLE, &mut table)?;
-            for queue in both {
+            for queue in &both {
                 self.set_up(file, ram, queue)?;
             }
             let fd = tap.fd(pair).ok_or(io::ErrorKind::NotFound)?;
             for index in 0..QUEUES {
                 ioctl(file, NET_SET_BACKEND, &mut VringFile { index, fd })?;
             }
+            // The driver may have notified while nobody listened.
+            for queue in both {
+                let _ = queue.kick.write(1);
+            }
         }
         Ok(())
     }
 
     fn set_up(&self, file: &File, ram: &Ram, queue: &Handover<'_>) -> io::Result<()> {
-        let host = |addr: u64| {
-            let host = ram.get_host_address(GuestAddress(addr)).map_err(io::Error::other)?;
-            Ok::<u64, io::Error>(host.addr() as u64)
+        // The host's kernel does not check these ranges against the table, so the whole of each must lie in one region.
+        let host = |addr: u64, len: usize| {
+            let slice = ram.get_slice(GuestAddress(addr), len).map_err(io::Error::other)?;
+            Ok::<u64, io::Error>(slice.ptr_guard_mut().as_ptr().addr() as u64)
         };
+        let size = usize::from(queue.size);
         let index = u32::from(queue.index) % QUEUES;
-        let mut size = VringState { index, number: queue.size.into() };
+        let mut number = VringState { index, number: queue.size.into() };
         let mut base = VringState { index, number: queue.next_avail.into() };
         let mut addr = VringAddr {
             index,
-            desc: host(queue.desc)?,
-            used: host(queue.used)?,
-            avail: host(queue.avail)?,
+            desc: host(queue.desc, 16 * size)?,
+            used: host(queue.used, 6 + 8 * size)?,
+            avail: host(queue.avail, 6 + 2 * size)?,
             ..VringAddr::default()
         };
-        ioctl(file, SET_VRING_NUM, &mut size)?;
+        ioctl(file, SET_VRING_NUM, &mut number)?;
         ioctl(file, SET_VRING_BASE, &mut base)?;
         ioctl(file, SET_VRING_ADDR, &mut addr)?;
         ioctl(file, SET_VRING_KICK, &mut VringFile { index, fd: queue.kick.as_raw_fd() })?;
