@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, UdpSocket};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::support::guest::linux_for_tests;
@@ -27,7 +28,10 @@ fn has_network() -> bool {
     if !is_root() || !has_tool("ip") {
         return false;
     }
-    let name = format!("rvp{}", std::process::id() % 100_000);
+    // Other tests ask at the same time.
+    static ASKED: AtomicU32 = AtomicU32::new(0);
+    let count = ASKED.fetch_add(1, Ordering::Relaxed);
+    let name = format!("rvp{}-{count}", std::process::id() % 100_000);
     let made = |verb: &str| {
         Command::new("ip")
             .args(["tuntap", verb, &name, "mode", "tap"])
@@ -274,21 +278,20 @@ ping -c 2 -W 10 -s 8900 10.77.3.1 >/dev/null; report jumbo $?
 rate up -c 10.77.3.1 -t 2 -P 2
 rate down -c 10.77.3.1 -t 2 -P 2 -R
 rate udp -c 10.77.3.1 -t 2 -u -b 20M -l 8900
-trap "exit 3" TERM
 report interrupts $(awk '/virtio/ {{ sum += $2 + $3 }} END {{ print (sum > 0) }}' /proc/interrupts)
-while :; do read -t 1 line; done </dev/ttyS0"#
+report waiting yes; read go </dev/ttyS0; exit 3"#
     ));
     let net = "tap=rvnew,netns=/run/netns/rvnear,bridge=rvbr,mtu=9000,queues=2";
-    let running =
-        script.on(linux.monitor_with_memory("256M")).args(["--net", net, "--cpus", "2"]).start_quiet();
-    running.expect_within("interrupts=1", LINUX_PATIENCE + WORK);
+    let mut running =
+        script.on(linux.monitor_with_memory("256M")).args(["--net", net, "--cpus", "2"]).start_with_input();
+    running.expect_within("waiting=yes", LINUX_PATIENCE + WORK);
     let link = ip("-n rvnear -d link show rvnew");
-    running.signal(nix::sys::signal::Signal::SIGTERM);
+    running.send("go\n");
     let outcome = running.wait(LINUX_PATIENCE);
     outcome.exits(3);
     outcome.check(link.contains("mtu 9000") && link.contains("master rvbr"), &link);
     outcome.reports("mtu", "9000").reports("queues", "rx-0 rx-1 tx-0 tx-1");
-    outcome.reports("ping", "0").reports("jumbo", "0");
+    outcome.reports("ping", "0").reports("jumbo", "0").reports("interrupts", "1");
     for name in ["up", "down", "udp"] {
         rate(&outcome, name);
     }
@@ -354,13 +357,16 @@ report disk $(echo "$before $after" | awk '{{ print 4096 / ($2 - $1) }}')"#
 
 /// Whether the host's kernel has threads that serve this process's queues.
 fn vhost_is_at_work() -> bool {
-    let name = format!("vhost-{}", std::process::id());
-    let is_it =
-        |path: &Path| std::fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.trim() == name);
-    let any = |directory: &str| {
-        std::fs::read_dir(directory).expect(directory).flatten().any(|entry| is_it(&entry.path()))
+    let entries = |directory: &str| std::fs::read_dir(directory).expect(directory).flatten();
+    // They are named after the thread that has started them, and are the process's or the kernel's own.
+    let names: Vec<_> = entries("/proc/self/task")
+        .map(|thread| format!("vhost-{}", thread.file_name().to_string_lossy()))
+        .collect();
+    let is_it = |path: &Path| {
+        std::fs::read_to_string(path.join("comm"))
+            .is_ok_and(|comm| names.iter().any(|name| name == comm.trim()))
     };
-    any("/proc") || any("/proc/self/task")
+    ["/proc", "/proc/self/task"].iter().any(|place| entries(place).any(|entry| is_it(&entry.path())))
 }
 
 #[test]
