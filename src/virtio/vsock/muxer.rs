@@ -160,8 +160,7 @@ impl<S: Stream> Muxer<S> {
             return tracing::debug!(cid = header.src_cid, "vsock packet with another sender than this guest");
         }
         let key = Key { guest: header.src_port, host: header.dst_port };
-        let known = (op::REQUEST..=op::CREDIT_REQUEST).contains(&header.op);
-        if header.dst_cid != HOST_CID || header.kind != TYPE_STREAM || key.host == PORT_ANY || !known {
+        if header.dst_cid != HOST_CID || header.kind != TYPE_STREAM || key.host == PORT_ANY {
             return self.refuse(header);
         }
         let Some(entry) = self.entries.get_mut(&key) else {

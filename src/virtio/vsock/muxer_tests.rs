@@ -270,7 +270,10 @@ fn unknown_connection_port_address_and_kind_get_a_reset() {
 
 #[test]
 fn packet_that_does_not_fit_the_state_ends_the_connection() {
-    let cases: [fn(&mut Rig, Key); 6] = [
+    let cases: [fn(&mut Rig, Key); 8] = [
+        // No operation at all.
+        |rig, key| rig.say(key, 0, 0),
+        |rig, key| rig.say(key, 8, 0),
         |rig, key| rig.say(key, REQUEST, 0),
         |rig, key| rig.say(key, RESPONSE, 0),
         // More than the chain has.
