@@ -22,6 +22,8 @@ const QUEUE_SIZE: u16 = 64;
 const INPUT_MAX: usize = 4096;
 /// Output that is copied at once.
 const PIECE: usize = 4096;
+/// So many pieces of a chain, which may have 4 GiB, before the thread looks for other work.
+const PIECES_AT_ONCE: usize = 64;
 
 /// Where a console's output goes.
 pub trait ConsoleSink: Send + Sync {
@@ -127,28 +129,29 @@ impl Console {
         Ok((device, ConsoleHandle(shared)))
     }
 
-    /// Sends what a chain holds; false if the sink is full before its end.
+    /// Sends what a chain holds; false if the sink is full before its end, or others are to have their turn.
     fn transmit(&mut self, ram: &Ram, chain: &Chain) -> bool {
-        let mut reader = chain.reader(ram);
+        // A chain that has become shorter than what was sent of it has no more to say.
+        let Ok((_, mut reader)) = chain.reader(ram).split_at(self.sent) else {
+            self.sent = 0;
+            return true;
+        };
         let mut piece = [0; PIECE];
-        let mut behind = self.sent;
-        while reader.remaining() > 0 {
-            let skipped = behind > 0;
-            let limit = if skipped { behind.min(PIECE as u32) } else { PIECE as u32 };
-            let len = reader.remaining().min(limit);
-            let Some(part) = piece.get_mut(..len as usize) else { break };
+        for _ in 0..PIECES_AT_ONCE {
+            let len = piece.len().min(reader.remaining() as usize);
+            let Some(part) = piece.get_mut(..len).filter(|part| !part.is_empty()) else { break };
             if reader.read_exact(part).is_err() {
                 break;
-            }
-            if skipped {
-                behind -= len;
-                continue;
             }
             let taken = self.sink.put(part).min(part.len());
             self.sent = self.sent.saturating_add(taken as u32);
             if taken < part.len() {
                 return false;
             }
+        }
+        if reader.remaining() > 0 {
+            self.shared.wake();
+            return false;
         }
         self.sent = 0;
         true

@@ -144,6 +144,43 @@ fn input_is_bounded_and_reset_forgets_it() {
 }
 
 #[test]
+fn long_output_comes_whole_and_does_not_keep_the_device_from_pausing() {
+    let mut rig = Rig::new(usize::MAX);
+    rig.bring_up();
+    let text: Vec<u8> = (0..PIECE as u32 * 256).map(|n| (n / 7 % 251) as u8).collect();
+    rig.ram.write_slice(&text, GuestAddress(DATA)).unwrap();
+    let half = (text.len() / 2) as u32;
+    let head = rig.send(1, &[Desc::readable(DATA, half), Desc::readable(DATA + u64::from(half), half)]);
+    while rig.rings[1].used() != Some((head, 0)) {
+        rig.transport.pause(LIMIT).unwrap();
+        rig.transport.resume();
+    }
+    assert!(rig.written() == text);
+}
+
+#[test]
+fn a_thousand_resets_leak_nothing_and_output_goes_on_each_time() {
+    let mut rig = Rig::new(usize::MAX);
+    let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = descriptors();
+    rig.ram.write_slice(b"x", GuestAddress(DATA)).unwrap();
+    for round in 0..1000 {
+        rig.rings = [Ring::new(&rig.ram, 0x1000, 64), Ring::new(&rig.ram, 0x2000, 64)];
+        Driver(&rig.transport)
+            .bring_up(if round % 2 == 0 { u64::MAX } else { 0 }, &[&rig.rings[0], &rig.rings[1]]);
+        rig.send(0, &[Desc::writable(DATA + 100, 1)]);
+        rig.send(1, &[Desc::readable(DATA, 1)]);
+        rig.rings[1].wait_used();
+        // One that may be under way.
+        rig.send(1, &[Desc::readable(DATA + 1, 0)]);
+        Driver(&rig.transport).reset();
+    }
+    assert_eq!(rig.written(), vec![b'x'; 1000]);
+    // Tests beside this one open and close some, too.
+    assert!(descriptors() < before + 500);
+}
+
+#[test]
 fn size_of_the_terminal_follows() {
     let rig = Rig::new(0);
     rig.bring_up();
