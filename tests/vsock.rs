@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rvmm::boot::testing::Program;
 use rvmm::kvm::kind::Kind;
 
+use crate::support::api::Api;
 use crate::support::guest::linux_for_tests;
 use crate::support::monitor::Running;
 use crate::support::{
@@ -29,6 +30,7 @@ const HANG: Duration = Duration::from_secs(120);
 struct Guest {
     running: Running,
     socket: PathBuf,
+    api: Api,
     directory: tempfile::TempDir,
 }
 
@@ -41,9 +43,11 @@ impl Guest {
             "{VSOCK} echo {ECHO} &\n{VSOCK} shell {SHELL} &\necho guest is ready\nwait"
         ));
         let monitor = script.on(linux.monitor()).arg("--rng");
+        let api = Api::new(&directory.path().join("api"));
+        let monitor = monitor.args(["--log-level", "debug"]).arg("--api-socket").arg(&api.path);
         let running = monitor.args(["--vsock", &format!("cid=42,socket={}", socket.display())]).start_quiet();
         running.expect_within("guest is ready", LINUX_PATIENCE);
-        let guest = Guest { running, socket, directory };
+        let guest = Guest { running, socket, api, directory };
         // The servers were only just started.
         let end = Instant::now() + LINUX_PATIENCE;
         for port in [SHELL, ECHO] {
@@ -67,6 +71,8 @@ impl Guest {
     /// Runs shell commands in the guest and returns what they print.
     fn sh(&self, commands: &str) -> String {
         let mut stream = self.call(SHELL);
+        // Commands may take long before they print anything.
+        stream.set_read_timeout(Some(10 * LINUX_PATIENCE)).unwrap();
         stream.write_all(commands.as_bytes()).unwrap();
         stream.write_all(b"\n").unwrap();
         stream.shutdown(Shutdown::Write).unwrap();
@@ -266,6 +272,78 @@ fn kill_either_side(guest: &Guest, count: usize) {
     converse(&guest.call(ECHO), 1, 10_000);
 }
 
+/// Host programs that do not read hold up their own connections, neither others nor the monitor's memory.
+fn stalled_peers(guest: &Guest, count: usize) {
+    /// More than all buffers on the way there and back together.
+    const PLENTY: usize = 8 << 20;
+    let data = pattern(99, PLENTY);
+    let before = guest.running.own_kib();
+    let stalled: Vec<_> = (0..count).map(|_| guest.call(ECHO)).collect();
+    let mut sent = vec![0; count];
+    for stream in &stalled {
+        stream.set_nonblocking(true).unwrap();
+    }
+    let mut quiet = Instant::now();
+    while quiet.elapsed() < Duration::from_secs(1) {
+        for (mut stream, sent) in stalled.iter().zip(&mut sent) {
+            while let Ok(len) = stream.write(&data[*sent..]) {
+                (*sent, quiet) = (*sent + len, Instant::now());
+                assert!(*sent < PLENTY, "a program that never reads can write without end");
+            }
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    let after = guest.running.own_kib();
+    // The window of each, and a little for what comes with it.
+    let most = 300 * count as u64 + 1024;
+    assert!(after < before + most, "{before} KiB became {after} KiB");
+    converse(&guest.call(ECHO), 1, 300_000);
+    announce(&format!(
+        "figure: {count} stalled vsock connections took {} KiB each and {} KiB of the monitor's memory",
+        sent.iter().sum::<usize>() / (count << 10),
+        after.saturating_sub(before)
+    ));
+    // All that went in comes out.
+    for (mut stream, sent) in stalled.iter().zip(&sent) {
+        stream.set_nonblocking(false).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let mut back = Vec::new();
+        stream.read_to_end(&mut back).unwrap();
+        assert!(back == data[..*sent], "{} of {sent} bytes came back, or other ones", back.len());
+    }
+}
+
+/// A paused machine's sockets are still, and go on where they were.
+fn pauses(guest: &Guest, count: usize, bytes: usize) {
+    let streams: Vec<_> = (0..count).map(|_| guest.call(ECHO)).collect();
+    thread::scope(|scope| {
+        for (seed, stream) in streams.iter().enumerate() {
+            scope.spawn(move || converse(stream, seed as u64, bytes));
+        }
+        for _ in 0..20 {
+            guest.api.set_state("Paused");
+            guest.api.set_state("Resumed");
+        }
+    });
+    let mut known = guest.call(ECHO);
+    guest.api.set_state("Paused");
+    let mut caller = timed(UnixStream::connect(&guest.socket).unwrap());
+    caller.write_all(format!("CONNECT {ECHO}\n").as_bytes()).unwrap();
+    known.write_all(b"x").unwrap();
+    for stream in [&mut caller, &mut known] {
+        stream.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        let error = stream.read(&mut [0]).expect_err("nobody answers while the machine is paused");
+        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+        stream.set_read_timeout(Some(HANG)).unwrap();
+    }
+    guest.api.set_state("Resumed");
+    let mut answer = [0; 3];
+    caller.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"OK ");
+    known.read_exact(&mut answer[..1]).unwrap();
+    assert_eq!(answer[0], b'x');
+}
+
 /// Nobody listens there.
 fn refusals(guest: &Guest) {
     assert!(guest.try_call(NOBODY).is_none());
@@ -306,7 +384,7 @@ fn churn(guest: &Guest, count: usize) {
 fn connections_of_both_directions_work_and_leave_nothing_behind() {
     // Where guest kernels are emulated, a little of everything.
     let slow = kvm_kind() == Some(Kind::Pvm);
-    let (many, bytes, some, rounds) = if slow { (4, 64 << 10, 3, 3) } else { (100, 384 << 10, 50, 700) };
+    let (many, bytes, some, rounds) = if slow { (4, 64 << 10, 3, 3) } else { (100, 256 << 10, 40, 500) };
     let Some(guest) = Guest::boot() else { return };
     assert_eq!(guest.sh("dd if=/dev/hwrng bs=16 count=4 2>/dev/null | wc -c"), "64\n");
     let before = guest.descriptors();
@@ -321,6 +399,8 @@ fn connections_of_both_directions_work_and_leave_nothing_behind() {
     ));
     half_close(&guest);
     kill_either_side(&guest, some);
+    stalled_peers(&guest, some / 2);
+    pauses(&guest, some / 2, bytes);
     guest.expect_descriptors(before);
     churn(&guest, rounds);
     guest.expect_descriptors(before);
@@ -329,7 +409,7 @@ fn connections_of_both_directions_work_and_leave_nothing_behind() {
 
 #[test]
 #[ignore = "long: scripts/test --long runs it"]
-fn hundred_connections_move_ten_megabytes_each_both_ways() {
+fn hundred_connections_move_ten_megabytes_each_and_five_hundred_work_at_once() {
     if !has_fast_kvm() {
         return;
     }
@@ -338,9 +418,14 @@ fn hundred_connections_move_ten_megabytes_each_both_ways() {
     let start = Instant::now();
     crowd(&guest, 100, 10 << 20);
     announce(&format!(
-        "figure: 200 vsock connections moved 10 MiB each way each in {:.1} s",
+        "figure: 200 vsock connections, 100 at once, moved 10 MiB each way each in {:.1} s",
         start.elapsed().as_secs_f64()
     ));
+    // As many as the guest's program can have, in both directions one after the other.
+    crowd(&guest, 500, 64 << 10);
+    stalled_peers(&guest, 200);
+    pauses(&guest, 100, 1 << 20);
+    churn(&guest, 5000);
     guest.expect_descriptors(before);
     guest.end();
 }
@@ -357,7 +442,7 @@ fn killed_monitor_ends_the_streams_and_its_socket_is_replaced() {
         let mut rest = Vec::new();
         assert!(stream.read_to_end(&mut rest).is_ok_and(|len| len == 0));
     }
-    let Guest { running, socket, directory } = guest;
+    let Guest { running, socket, directory, .. } = guest;
     running.wait(PATIENCE);
     assert!(socket.exists(), "nobody removed it");
     let vm = tiny(&Program::new().power_off());

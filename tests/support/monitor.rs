@@ -155,6 +155,28 @@ impl Running {
         self.child.id()
     }
 
+    /// Private dirty memory of rvmm outside of guest memory, in KiB. Needs `--log-level debug`, which tells where that is.
+    pub fn own_kib(&self) -> u64 {
+        let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).expect("a number");
+        let log = self.stderr.text();
+        let places = log.lines().filter_map(|line| line.split_once(" at host ")?.1.split_once('+'));
+        let guest: Vec<_> =
+            places.map(|(start, len)| number(start)..number(start) + number(len.trim())).collect();
+        assert!(!guest.is_empty(), "where is guest memory?\n{log}");
+        let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", self.pid())).expect("a process");
+        let (mut total, mut counts) = (0, false);
+        for line in smaps.lines() {
+            let mut words = line.split_ascii_whitespace();
+            let (first, second) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+            if let Some((start, _)) = first.split_once('-') {
+                counts = !guest.iter().any(|range| range.contains(&number(start)));
+            } else if counts && first == "Private_Dirty:" {
+                total += second.parse::<u64>().expect("a number");
+            }
+        }
+        total
+    }
+
     /// Whether the guest has printed `text`.
     pub fn has_shown(&self, text: &str) -> bool {
         self.stdout.text().contains(text)
