@@ -137,6 +137,26 @@ mod tests {
     }
 
     #[test]
+    fn a_thousand_resets_leak_nothing_and_bytes_come_each_time() {
+        let mut rig = Rig::new();
+        let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+        let before = descriptors();
+        for round in 0..1000u64 {
+            assert_eq!(rig.request(&[Desc::writable(DATA, 8)]), 8);
+            // One that may be under way.
+            rig.ring.send(&[Desc::writable(DATA + 8, 4096)]);
+            Driver(&rig.transport).notify(0);
+            Driver(&rig.transport).reset();
+            rig.ram.write_slice(&[0; 16], GuestAddress(DATA)).unwrap();
+            rig.ring = Ring::new(&rig.ram, RING, 64);
+            Driver(&rig.transport).bring_up(if round % 2 == 0 { 0 } else { u64::MAX }, &[&rig.ring]);
+            assert_eq!(rig.bytes(DATA, 16), [0; 16], "nothing is written after the reset");
+        }
+        // Tests beside this one open and close some, too.
+        assert!(descriptors() < before + 500);
+    }
+
+    #[test]
     fn request_without_room_gets_nothing_and_the_device_goes_on() {
         let mut rig = Rig::new();
         assert_eq!(rig.request(&[Desc::readable(DATA, 64)]), 0);

@@ -182,8 +182,14 @@ impl Script {
 
     /// Adds the script to a run, as `/dev/vdb`. Further disks come after it.
     pub fn on(&self, monitor: Monitor) -> Monitor {
+        self.with_cmdline(monitor, "")
+    }
+
+    /// The same, with this on the kernel's command line besides.
+    pub fn with_cmdline(&self, monitor: Monitor, more: &str) -> Monitor {
         let disk = format!("{},readonly,id=script", self.directory.path().join("script").display());
-        monitor.args(["--disk", &disk, "--cmdline", "quiet rvmm.exec=\"sh /dev/vdb\""])
+        let cmdline = format!("quiet {more} rvmm.exec=\"sh /dev/vdb\"");
+        monitor.args(["--disk", &disk, "--cmdline", &cmdline])
     }
 
     /// Runs it to the end of the guest.

@@ -223,11 +223,11 @@ fn listener_without_room_is_called_again_until_it_has_some() {
 }
 
 #[test]
-fn driver_that_resets_leaves_no_stream_and_no_descriptor() {
+fn driver_that_resets_a_thousand_times_leaves_no_stream_and_no_descriptor() {
     let mut rig = Rig::new();
     let listener = std::os::unix::net::UnixListener::bind(rig.listener_path(80)).unwrap();
     let mut before = 0;
-    for round in 0..100 {
+    for round in 0..1000 {
         rig.send((1, 80), op::REQUEST, &[]);
         rig.expect(op::RESPONSE);
         let mut stream = listener.accept().unwrap().0;
@@ -241,7 +241,7 @@ fn driver_that_resets_leaves_no_stream_and_no_descriptor() {
         }
     }
     // Other tests of this process have descriptors, too.
-    assert!(descriptors() < before + 80, "{} descriptors after {before}", descriptors());
+    assert!(descriptors() < before + 500, "{} descriptors after {before}", descriptors());
 }
 
 #[test]
