@@ -133,7 +133,7 @@ fn reset_every_device(rounds: usize, use_each: usize, with_folder: bool) {
 #[test]
 fn drivers_come_and_go_and_nothing_is_lost() {
     match kvm_kind() {
-        Some(Kind::Pvm) => reset_every_device(2, 2, false),
+        Some(Kind::Pvm) => reset_every_device(1, 1, false),
         _ => reset_every_device(40, 20, true),
     }
 }

@@ -384,7 +384,7 @@ fn churn(guest: &Guest, count: usize) {
 fn connections_of_both_directions_work_and_leave_nothing_behind() {
     // Where guest kernels are emulated, a little of everything.
     let slow = kvm_kind() == Some(Kind::Pvm);
-    let (many, bytes, some, rounds) = if slow { (4, 64 << 10, 3, 3) } else { (100, 256 << 10, 40, 500) };
+    let (many, bytes, some, rounds) = if slow { (3, 32 << 10, 2, 2) } else { (100, 256 << 10, 40, 500) };
     let Some(guest) = Guest::boot() else { return };
     assert_eq!(guest.sh("dd if=/dev/hwrng bs=16 count=4 2>/dev/null | wc -c"), "64\n");
     let before = guest.descriptors();
