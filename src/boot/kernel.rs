@@ -19,6 +19,16 @@ use crate::memory::{self, PAGE_SIZE, Ram};
 /// The part of a file that tells what it is.
 const HEAD_LEN: usize = 2048;
 
+/// How a file comes into guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placement {
+    /// It is read. The guest's memory can have huge pages, so that it takes few page faults to reach.
+    Copy,
+    /// Its pages are mapped, privately, and cost nothing until the guest touches them; then each costs a page fault, and
+    /// another when the guest writes to it.
+    Map,
+}
+
 /// A file that was opened and found to be a file with contents.
 #[derive(Debug)]
 struct Image {
@@ -59,12 +69,13 @@ impl Image {
 
     /// Brings `len` bytes from file offset `offset` to guest address `addr`.
     ///
-    /// Whole pages that lie alike in file and memory are mapped, so that they cost nothing until the guest touches
-    /// them. The rest is copied: never through the mapping, where a file that shrinks would raise SIGBUS.
-    fn place(&self, ram: &Ram, offset: u64, addr: u64, len: u64) -> Result<(), Error> {
+    /// [`Placement::Map`] is for whole pages that lie alike in file and memory. The rest is copied, and never through
+    /// the mapping, where a file that shrinks would raise SIGBUS.
+    fn place(&self, ram: &Ram, placement: Placement, offset: u64, addr: u64, len: u64) -> Result<(), Error> {
         let end = addr + len;
         let (first, last) = (addr.next_multiple_of(PAGE_SIZE), end - end % PAGE_SIZE);
-        if offset % PAGE_SIZE != addr % PAGE_SIZE || first >= last {
+        let alike = offset % PAGE_SIZE == addr % PAGE_SIZE && first < last;
+        if placement == Placement::Copy || !alike {
             return self.copy(ram, offset, addr, len);
         }
         self.copy(ram, offset, addr, first - addr)?;
@@ -147,14 +158,14 @@ impl Kernel {
     }
 
     /// Loads the kernel; `ram` must not have been written to.
-    pub(super) fn load(&self, ram: &Ram) -> Result<Placed, Error> {
+    pub(super) fn load(&self, ram: &Ram, placement: Placement) -> Result<Placed, Error> {
         match &self.format {
             Format::Elf(elf) => {
                 if low_end(ram) < elf.end() {
                     return Err(self.image.too_little_memory(elf.end(), ram));
                 }
                 for segment in &elf.segments {
-                    self.image.place(ram, segment.offset, segment.addr, segment.file_len)?;
+                    self.image.place(ram, placement, segment.offset, segment.addr, segment.file_len)?;
                 }
                 Ok(Placed { end: elf.end(), header: None })
             }
@@ -183,7 +194,13 @@ impl Initrd {
 
     /// Loads the file as high as `addr_max`, the highest address that the kernel accepts in it, and `ram` allow,
     /// above `kernel_end`.
-    pub(super) fn load(&self, ram: &Ram, kernel_end: u64, addr_max: u64) -> Result<Range<u64>, Error> {
+    pub(super) fn load(
+        &self,
+        ram: &Ram,
+        placement: Placement,
+        kernel_end: u64,
+        addr_max: u64,
+    ) -> Result<Range<u64>, Error> {
         let Self(image) = self;
         let top = low_end(ram).min(addr_max.saturating_add(1));
         let start = top.checked_sub(image.len).map(|start| start - start % PAGE_SIZE);
@@ -191,7 +208,7 @@ impl Initrd {
             let needs = kernel_end.next_multiple_of(PAGE_SIZE).saturating_add(image.len);
             return Err(image.too_little_memory(needs.next_multiple_of(PAGE_SIZE), ram));
         };
-        image.place(ram, 0, start, image.len)?;
+        image.place(ram, placement, 0, start, image.len)?;
         Ok(start..start + image.len)
     }
 }

@@ -19,7 +19,7 @@ use std::ops::Range;
 
 pub use cmdline::{Cmdline, CmdlineError};
 pub use error::{Defect, Error, Role};
-pub use kernel::{Format, Initrd, Kernel};
+pub use kernel::{Format, Initrd, Kernel, Placement};
 use params::{Params, write};
 use serde::{Deserialize, Serialize};
 
@@ -78,6 +78,8 @@ pub struct Source {
     pub initrd: Option<Initrd>,
     /// How to start the kernel.
     pub protocol: BootProtocol,
+    /// How both come into guest memory.
+    pub placement: Placement,
 }
 
 /// The machine that the guest is told of.
@@ -121,7 +123,7 @@ pub fn load(ram: &Ram, source: &Source, machine: &Machine, cmdline: &Cmdline) ->
     if machine.cpus == 0 || machine.cpus > CPUS_MAX {
         return Err(Error::Cpus(machine.cpus));
     }
-    let Source { kernel, initrd, protocol } = source;
+    let Source { kernel, initrd, protocol, placement } = source;
     let (protocol, entry) = entry_point(kernel, *protocol)?;
     let discovery = choose_discovery(kernel, machine.discovery, cmdline);
     let mut cmdline = cmdline.clone();
@@ -129,9 +131,10 @@ pub fn load(ram: &Ram, source: &Source, machine: &Machine, cmdline: &Cmdline) ->
         machine.virtio.iter().for_each(|slot| cmdline.add_virtio_mmio(*slot));
     }
 
-    let placed = kernel.load(ram)?;
+    let placed = kernel.load(ram, *placement)?;
     let addr_max = kernel::initrd_addr_max(placed.header.as_ref());
-    let initrd = initrd.as_ref().map(|initrd| initrd.load(ram, placed.end, addr_max)).transpose()?;
+    let initrd =
+        initrd.as_ref().map(|initrd| initrd.load(ram, *placement, placed.end, addr_max)).transpose()?;
     let line = cmdline.render(placed.header.map_or(usize::MAX, |header| header.cmdline_size as usize))?;
     let memory_map = layout::memory_map(&layout::ram_ranges(ram));
     let params = Params { cmdline: &line, initrd: initrd.as_ref(), memory_map: &memory_map };

@@ -31,7 +31,7 @@ impl Files {
 
     fn source(&self, kernel: &[u8]) -> Source {
         let kernel = Kernel::open(&self.add("kernel", kernel)).unwrap();
-        Source { kernel, initrd: None, protocol: BootProtocol::Auto }
+        Source { kernel, initrd: None, protocol: BootProtocol::Auto, placement: Placement::Map }
     }
 }
 
@@ -395,7 +395,7 @@ fn a_kernel_file_that_shrinks_after_the_check_is_an_error() {
 fn try_kernel(bytes: &[u8]) {
     let files = Files::new();
     let Ok(kernel) = Kernel::open(&files.add("kernel", bytes)) else { return };
-    let source = Source { kernel, initrd: None, protocol: BootProtocol::Auto };
+    let source = Source { kernel, initrd: None, protocol: BootProtocol::Auto, placement: Placement::Map };
     let ram = memory::allocate(16 * MIB).unwrap();
     if let Ok(loaded) = load(&ram, &source, &machine(), &Cmdline::default()) {
         assert!(loaded.kernel_end <= 16 * MIB && loaded.entry < loaded.kernel_end, "{loaded:x?}");

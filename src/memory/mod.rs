@@ -14,7 +14,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 
 use vm_memory::mmap::{FromRangesError, MmapRegionError};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use crate::platform::{MMIO_HOLE_END, MMIO_HOLE_START};
 
@@ -23,6 +23,9 @@ pub type Ram = vm_memory::GuestMemoryMmap<()>;
 
 /// Page size of guest and host, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
+
+/// Size of the host's huge pages, in bytes.
+pub const HUGE_PAGE_SIZE: usize = 2 << 20;
 
 /// Smallest guest memory that rvmm accepts, in bytes.
 pub const MIN_SIZE: u64 = 16 << 20;
@@ -67,8 +70,43 @@ pub fn ranges(size_bytes: u64) -> Vec<(GuestAddress, usize)> {
 }
 
 /// Maps anonymous, private, not reserved memory of `size_bytes` (a multiple of the page size) for a guest.
+///
+/// Guest physical and host virtual addresses agree modulo [`HUGE_PAGE_SIZE`], so that KVM can map huge pages.
 pub fn allocate(size_bytes: u64) -> Result<Ram, Error> {
-    Ram::from_ranges(&ranges(size_bytes)).map_err(|source| Error::Map { size_bytes, source })
+    let fail = |source| Error::Map { size_bytes, source };
+    let regions = ranges(size_bytes).into_iter().map(|(addr, len)| {
+        let mapping = map_aligned(len).map_err(|source| fail(FromRangesError::MmapRegion(source)))?;
+        GuestRegionMmap::new(mapping, addr).ok_or(fail(FromRangesError::InvalidGuestRegion))
+    });
+    Ram::from_regions(regions.collect::<Result<_, _>>()?)
+        .map_err(|source| fail(FromRangesError::Collection(source)))
+}
+
+/// Maps anonymous memory that starts at a multiple of [`HUGE_PAGE_SIZE`]. Linux has done that by itself since 6.7.
+/// Before, it puts mappings one below the other, so one of the right length in between shifts the next one into place.
+/// Where that does not help the memory works all the same, with small pages.
+fn map_aligned(len: usize) -> Result<MmapRegion, MmapRegionError> {
+    let excess = |mapping: &MmapRegion| mapping.as_ptr() as usize % HUGE_PAGE_SIZE;
+    let mut mapping = MmapRegion::new(len)?;
+    if len >= HUGE_PAGE_SIZE && excess(&mapping) != 0 {
+        let between = len.next_multiple_of(HUGE_PAGE_SIZE) + excess(&mapping);
+        drop(mapping);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let between = MmapRegion::<()>::build(None, between, libc::PROT_NONE, flags);
+        mapping = MmapRegion::new(len)?;
+        drop(between);
+    }
+    Ok(mapping)
+}
+
+/// Asks the host for huge pages: KVM then maps 2 MiB at a time, and a guest's boot takes hundreds of page faults instead
+/// of thousands.
+pub fn prefer_huge_pages(ram: &Ram) {
+    for region in ram.iter() {
+        // SAFETY: the range is a mapping that `ram` owns; the advice changes no contents, and a host without huge
+        // pages refuses it, which changes nothing either.
+        unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, libc::MADV_HUGEPAGE) };
+    }
 }
 
 /// Replaces `len` bytes of guest memory at `addr` by a private mapping of `file` from `offset` on, so that pages are
@@ -113,4 +151,26 @@ pub fn map_file_private(
     }
     release::file_mapped(host as usize, len as usize);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    #[test]
+    fn huge_pages_fit_guest_memory() {
+        // Several at once, so that wherever the host puts them, each must be aligned by itself.
+        let kept: Vec<Ram> =
+            [16 << 20, (64 << 20) + 4096, 5 << 30, 128 << 20].map(|size| allocate(size).unwrap()).into();
+        for region in kept.iter().flat_map(|ram| ram.iter()) {
+            let (guest, host) = (region.start_addr().0 as usize, region.as_ptr() as usize);
+            assert_eq!(guest % HUGE_PAGE_SIZE, host % HUGE_PAGE_SIZE, "{guest:#x} at {host:#x}");
+        }
+        let small = kept.first().unwrap();
+        prefer_huge_pages(small);
+        small.write_slice(&[7], GuestAddress(16 << 19)).unwrap();
+        assert_eq!(small.read_obj::<u8>(GuestAddress(16 << 19)).unwrap(), 7);
+    }
 }

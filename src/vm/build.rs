@@ -133,9 +133,15 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
     memory::guard::install(&ram).map_err(Error::Guard)?;
     timeline.mark("memory mapped");
 
+    // A page fault costs some microseconds with nested paging, so that few and large pages are worth a copy of the kernel.
+    // PVM shadows page tables of small pages whatever the memory is made of.
+    let placement = if kind == Kind::Pvm { boot::Placement::Map } else { boot::Placement::Copy };
+    if placement == boot::Placement::Copy {
+        memory::prefer_huge_pages(&ram);
+    }
     // Before KVM knows of the memory, so that it need not be told of the mappings that the kernel replaces.
     let slots: Vec<MmioSlot> = (0..devices.len()).filter_map(platform::mmio_slot).collect();
-    let loaded = load_kernel(config, &kernel_path, &ram, &slots, quirks)?;
+    let loaded = load_kernel(config, &kernel_path, &ram, &slots, placement, quirks)?;
     timeline.mark("kernel loaded");
 
     let mut vm = kvm.create_vm()?;
@@ -295,12 +301,14 @@ fn load_kernel(
     path: &Path,
     ram: &Ram,
     slots: &[MmioSlot],
+    placement: boot::Placement,
     quirks: bool,
 ) -> Result<boot::Loaded, Error> {
     let source = boot::Source {
         kernel: boot::Kernel::open(path)?,
         initrd: config.initrd.as_deref().map(boot::Initrd::open).transpose()?,
         protocol: config.boot_protocol,
+        placement,
     };
     let machine = boot::Machine {
         cpus: config.cpus as u8,

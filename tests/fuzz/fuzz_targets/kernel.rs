@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use libfuzzer_sys::fuzz_target;
 use rvmm::boot::testing::Program;
-use rvmm::boot::{BootProtocol, Cmdline, Discovery, Initrd, Kernel, Machine, Source, cpuid, load, registers};
+use rvmm::boot::{BootProtocol, Cmdline, Discovery, Initrd, Kernel, Machine, Placement, Source, cpuid, load, registers};
 use rvmm::memory;
 use rvmm::platform::mmio_slot;
 
@@ -50,6 +50,7 @@ fuzz_target!(|input: &[u8]| {
         kernel,
         initrd: Initrd::open(&initrd).ok(),
         protocol: [BootProtocol::Auto, BootProtocol::Linux64, BootProtocol::Pvh][usize::from(choice) % 3],
+        placement: if choice & 16 == 0 { Placement::Copy } else { Placement::Map },
     };
     let size = if choice & 8 == 0 { memory::MIN_SIZE } else { 64 << 20 };
     let ram = memory::allocate(size).expect("memory");
