@@ -176,7 +176,7 @@ impl Rig {
         let mut queue = self.ring.queue_at(ALL, self.ring.used_index());
         let chain = queue.pop().expect("a legal chain").expect("a chain");
         let mut done = Completions::new();
-        let (chain, written) = match self.block.handle(0, chain) {
+        let (chain, written) = match Device::handle(&mut self.block, 0, chain) {
             Handled::Done(chain, written) => (chain, written),
             Handled::Deferred => {
                 self.block.drain(&mut done);
