@@ -1,10 +1,13 @@
 //! Network devices: taps and bridges with Linux guests behind them, and what goes wrong when they are opened.
 
+mod long;
+
 use std::io::{Read, Write};
 use std::net::{TcpListener, UdpSocket};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::support::guest::linux_for_tests;
@@ -112,6 +115,27 @@ fn echo_server(address: &str) {
     });
 }
 
+/// Keeps what comes through TCP to one port, and gives what came last to who asks at the other.
+fn store(put: &str, get: &str) {
+    let kept: Arc<Mutex<Vec<u8>>> = Arc::default();
+    let (to_keep, to_give) = (Arc::clone(&kept), kept);
+    let listen = |address: &str| TcpListener::bind(address).expect("an address of the tap's");
+    let (put, get) = (listen(put), listen(get));
+    std::thread::spawn(move || {
+        for mut stream in put.incoming().flatten() {
+            let mut bytes = Vec::new();
+            let _ = stream.read_to_end(&mut bytes);
+            *to_keep.lock().unwrap() = bytes;
+        }
+    });
+    std::thread::spawn(move || {
+        for mut stream in get.incoming().flatten() {
+            let bytes = to_give.lock().unwrap().clone();
+            let _ = stream.write_all(&bytes);
+        }
+    });
+}
+
 /// Answers every question for an address with `answer`.
 fn name_server(address: &str, answer: [u8; 4]) {
     let socket = UdpSocket::bind(address).expect("an address of the tap's");
@@ -137,19 +161,20 @@ fn statistic(tap: &str, name: &str) -> u64 {
     std::fs::read_to_string(&path).expect(&path).trim().parse().expect("a number")
 }
 
-/// What the guest's script finds: `rate NAME ARGUMENTS…` reports megabits a second, and 0 if iperf3 fails.
+/// What the guest's script finds: `rate NAME ARGUMENTS…` reports kilobits a second, and 0 if iperf3 fails.
 const RATE: &str = r#"
 rate() {
     name=$1; shift
-    iperf3 --connect-timeout 20000 -f m "$@" >/tmp/iperf 2>&1 || { cat /tmp/iperf; report $name 0; return; }
-    report $name $(sed -n 's/.* \([0-9.]*\) Mbits.*receiver.*/\1/p' /tmp/iperf | tail -n 1)
+    iperf3 --connect-timeout 20000 -f k "$@" >/tmp/iperf 2>&1 || { cat /tmp/iperf; report $name 0; return; }
+    report $name $(sed -n 's/.* \([0-9.]*\) Kbits.*receiver.*/\1/p' /tmp/iperf | tail -n 1)
 }
 "#;
 
+/// A rate in megabits a second.
 fn rate(outcome: &Outcome, name: &str) -> f64 {
     let rate: f64 = outcome.value(name).parse().unwrap_or(0.0);
     outcome.check(rate > 0.0, &format!("no bytes moved in {name}"));
-    rate
+    rate / 1000.0
 }
 
 #[test]
@@ -192,11 +217,8 @@ fn tap_carries_traffic_both_ways() {
     std::fs::write(file("conf"), configuration).expect("a file");
     let _dhcp = Server::start(&format!("busybox udhcpd -f {}", file("conf")));
     let _iperf = Server::start("iperf3 -s -B 10.77.2.1");
-    echo_server("10.77.2.1:7777");
+    store("10.77.2.1:7777", "10.77.2.1:7778");
     name_server("10.77.2.1:53", [10, 77, 2, 99]);
-    let (sent, received) = ("rx", "tx");
-    let count = |direction: &str, what: &str| statistic("rvtap", &format!("{direction}_{what}"));
-    let before = [sent, received].map(|way| (count(way, "bytes"), count(way, "packets")));
     let script = Script::new(&format!(
         r#"{RATE}
 cat >/tmp/dhcp <<'END'
@@ -213,40 +235,55 @@ device=$(basename $(readlink -f /sys/class/net/eth0/device))
 report features $(cat /sys/bus/virtio/devices/$device/features)
 ping -c 3 -W 10 10.77.2.1 >/dev/null; report ping $?
 dd if=/dev/urandom of=/tmp/sent bs=64k count=64 2>/dev/null
-for n in 1 2 3; do nc 10.77.2.1 7777 </tmp/sent | cmp - /tmp/sent || report damaged $n; done
-report echo $?
-rate up -c 10.77.2.1 -t 2
-rate down -c 10.77.2.1 -t 2 -R
-rate up8 -c 10.77.2.1 -t 2 -P 8
-rate down8 -c 10.77.2.1 -t 2 -P 8 -R
-rate udp-up -c 10.77.2.1 -t 2 -u -b 20M
-rate udp-down -c 10.77.2.1 -t 2 -u -b 20M -R
-rate udp8 -c 10.77.2.1 -t 2 -u -b 2M -P 8
+count() {{ cd /sys/class/net/eth0/statistics; cat $1_bytes $1_packets; }}
+moves() {{
+    name=$1
+    set -- $(count tx); nc 10.77.2.1 7777 </tmp/sent
+    set -- "$@" $(count tx); report $name-sent $((($3 - $1) / ($4 - $2)))
+    set -- $(count rx); nc 10.77.2.1 7778 </dev/null | cmp - /tmp/sent; report $name-data $?
+    set -- "$@" $(count rx); report $name-received $((($3 - $1) / ($4 - $2)))
+}}
+moves all
+ethtool -K eth0 tx off; moves plain-out; ethtool -K eth0 tx on tso on gso on
+ethtool -K eth0 rx-gro-hw off; moves plain-in; ethtool -K eth0 tx off; moves plain
+ethtool -K eth0 tx on tso on gso on rx-gro-hw on; moves again
+rate up -c 10.77.2.1 -t 1
+rate down8 -c 10.77.2.1 -t 1 -P 8 -R
+rate udp-up -c 10.77.2.1 -t 1 -u -b 5M
+rate udp-down -c 10.77.2.1 -t 1 -u -b 5M -R
 ip link set eth0 down; ip link set eth0 up; ip addr add 10.77.2.51/24 dev eth0
 ping -c 1 -W 10 10.77.2.1 >/dev/null; report again $?"#
     ));
     let monitor = linux.monitor_with_memory("256M").args(["--net", "tap=rvtap,vhost=off"]);
     let outcome = script.run_long(monitor, WORK);
     outcome.exits(0);
-    for step in ["dhcp", "ping", "echo", "again"] {
+    for step in ["dhcp", "ping", "again"] {
         outcome.reports(step, "0");
     }
+    // Bytes of a packet, the mean: whether segmentation was left to the other side, and nothing was damaged.
+    for (name, sent, received) in [
+        ("all", true, true),
+        ("plain-out", false, true),
+        ("plain-in", true, false),
+        ("plain", false, false),
+        ("again", true, true),
+    ] {
+        outcome.reports(&format!("{name}-data"), "0");
+        for (way, large) in [("sent", sent), ("received", received)] {
+            let mean: u64 = outcome.value(&format!("{name}-{way}")).parse().unwrap_or(0);
+            outcome.check((mean > 1600) == large, &format!("{name}: {way} packets of {mean} bytes"));
+        }
+    }
     outcome.reports("address", "10.77.2.50").reports("name", "10.77.2.99");
-    outcome.check(!outcome.stdout.contains("damaged="), "bytes were damaged on their way");
     // Checksums and segmentation both ways, mergeable buffers, notification by index.
     for bit in [0, 1, 3, 5, 7, 8, 11, 12, 15, 17, 29, 32] {
         let set = outcome.value("features").as_bytes().get(bit) == Some(&b'1');
         outcome.check(set, &format!("feature {bit} was not negotiated"));
     }
-    let rates = ["up", "down", "up8", "down8", "udp-up", "udp-down", "udp8"];
+    let rates = ["up", "down8", "udp-up", "udp-down"];
     let figures: Vec<_> =
         rates.iter().map(|name| format!("{name} {:.0} Mbit/s", rate(&outcome, name))).collect();
     announce(&format!("figure: network of a guest: {}", figures.join(", ")));
-    for (way, (bytes, packets)) in [sent, received].iter().zip(before) {
-        let mean = (count(way, "bytes") - bytes) / (count(way, "packets") - packets).max(1);
-        outcome
-            .check(mean > 2000, &format!("packets of {mean} bytes: nobody left segmentation to the other"));
-    }
 }
 
 #[test]
@@ -273,15 +310,23 @@ fn bridge_joins_a_guest_to_another_namespace() {
 ip addr add 10.77.3.2/24 dev eth0; ip link set eth0 up
 report mtu $(cat /sys/class/net/eth0/mtu)
 report queues "$(echo $(ls /sys/class/net/eth0/queues))"
+pairs() {{ ethtool -l eth0 | sed -n 's/^Combined:[^0-9]*//p' | tail -n 1; }}
+report pairs $(pairs)
 ping -c 1 -W 20 10.77.3.1 >/dev/null; report ping $?
 ping -c 2 -W 10 -s 8900 10.77.3.1 >/dev/null; report jumbo $?
-rate up -c 10.77.3.1 -t 2 -P 2
-rate down -c 10.77.3.1 -t 2 -P 2 -R
+for cpu in 0 1; do
+    rate up$cpu -c 10.77.3.1 -t 1 -A $cpu
+    rate down$cpu -c 10.77.3.1 -t 1 -A $cpu -R
+done
 rate udp -c 10.77.3.1 -t 2 -u -b 20M -l 8900
+count() {{ ethtool -S eth0 | sed -n "s/.*$1_\(queue_\)*$2_packets: //p;s/.*$1$2_packets: //p" | head -n 1; }}
+for queue in 0 1; do for way in tx rx; do report $way$queue $(count $way $queue); done; done
+ethtool -L eth0 combined 1; report fewer $(pairs); ping -c 1 -W 20 10.77.3.1 >/dev/null; report one $?
+ethtool -L eth0 combined 2; report more $(pairs); ping -c 1 -W 20 10.77.3.1 >/dev/null; report two $?
 report interrupts $(awk '/virtio/ {{ sum += $2 + $3 }} END {{ print (sum > 0) }}' /proc/interrupts)
 report waiting yes; read go </dev/ttyS0; exit 3"#
     ));
-    let net = "tap=rvnew,netns=/run/netns/rvnear,bridge=rvbr,mtu=9000,queues=2";
+    let net = "tap=rvnew,netns=/run/netns/rvnear,bridge=rvbr,mtu=9000,queues=2,vhost=off";
     let mut running =
         script.on(linux.monitor_with_memory("256M")).args(["--net", net, "--cpus", "2"]).start_with_input();
     running.expect_within("waiting=yes", LINUX_PATIENCE + WORK);
@@ -292,8 +337,16 @@ report waiting yes; read go </dev/ttyS0; exit 3"#
     outcome.check(link.contains("mtu 9000") && link.contains("master rvbr"), &link);
     outcome.reports("mtu", "9000").reports("queues", "rx-0 rx-1 tx-0 tx-1");
     outcome.reports("ping", "0").reports("jumbo", "0").reports("interrupts", "1");
-    for name in ["up", "down", "udp"] {
+    for name in ["up0", "down0", "up1", "down1", "udp"] {
         rate(&outcome, name);
+    }
+    // What a processor sends goes into its own queue, and the host answers through the same pair.
+    for queue in ["tx0", "rx0", "tx1", "rx1"] {
+        let count: u64 = outcome.value(queue).parse().unwrap_or(0);
+        outcome.check(count > 20, &format!("{count} packets through {queue}"));
+    }
+    for (name, value) in [("pairs", "2"), ("fewer", "1"), ("one", "0"), ("more", "2"), ("two", "0")] {
+        outcome.reports(name, value);
     }
     // What rvmm has made is gone with it, and the rest is there.
     let links = ip("-n rvnear link");
@@ -316,24 +369,30 @@ fn rate_limits_hold_and_change() {
     let script = Script::new(&format!(
         r#"{RATE}
 ip addr add 10.77.4.2/24 dev eth0; ip link set eth0 up
-rate up -c 10.77.4.1 -t 4
-rate down -c 10.77.4.1 -t 4 -R
+rate up -c 10.77.4.1 -t 4 -u -b 400K -l 1400
+rate down -c 10.77.4.1 -t 4 -u -b 800K -l 1400 -R
 report measured yes; read go </dev/ttyS0
-rate slower -c 10.77.4.1 -t 4
-rate faster -c 10.77.4.1 -t 4 -R
+rate slower -c 10.77.4.1 -t 4 -u -b 250K -l 1400
+rate faster -c 10.77.4.1 -t 2 -R
 before=$(cut -d' ' -f1 /proc/uptime)
 dd if=/dev/vdc of=/dev/null bs=64k count=64 iflag=direct 2>/dev/null; report read $?
 after=$(cut -d' ' -f1 /proc/uptime)
 report disk $(echo "$before $after" | awk '{{ print 4096 / ($2 - $1) }}')"#
     ));
-    let net = "tap=rvrate,tx-bw=1M,rx-bw=2M,rx-bw-burst=64K,tx-bw-burst=64K";
+    // Datagrams, of which a few more are sent than may pass: so few that a guest on a busy host can.
+    let net = "tap=rvrate,tx-bw=32K,rx-bw=64K,rx-bw-burst=8K,tx-bw-burst=8K";
     // The script's disk comes first.
     let socket = directory.path().join("api");
     let monitor = script.on(linux.monitor_with_memory("256M")).args(["--net", net, "--disk", &disk]);
     let mut running = monitor.arg("--api-socket").arg(&socket).start_with_input();
     running.expect_within("measured=yes", LINUX_PATIENCE + WORK);
+    // With nothing to do the device's thread sleeps, though limits were met and a tap is there.
+    let before = wake_ups(running.pid());
+    std::thread::sleep(Duration::from_secs(3));
+    let woken = wake_ups(running.pid()) - before;
+    assert!(woken < 100, "the thread of an idle network device woke up {woken} times in three seconds");
     // Half of it one way, and no limit the other.
-    let body = r#"{"iface_id":"net0","tx_rate_limiter":{"bandwidth":{"size":52428,"refill_time":100}},
+    let body = r#"{"iface_id":"net0","tx_rate_limiter":{"bandwidth":{"size":1638,"refill_time":100}},
         "rx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}}}"#;
     let request =
         ["-sS", "-X", "PATCH", "-d", body, "-o", "/dev/null", "-w", "%{http_code}", "--unix-socket"];
@@ -342,17 +401,30 @@ report disk $(echo "$before $after" | awk '{{ print 4096 / ($2 - $1) }}')"#
     running.send("go\n");
     let outcome = running.wait(LINUX_PATIENCE + WORK);
     outcome.exits(0).reports("read", "0");
-    // In mebibytes a second; TCP's headers count for the limit and not for iperf3.
-    for (name, limit) in [("up", 1.0), ("down", 2.0), ("slower", 0.5)] {
-        let got = rate(&outcome, name) * 1e6 / 8.0 / f64::from(1 << 20);
+    // In kibibytes a second; headers count for the limit and not for iperf3.
+    for (name, limit) in [("up", 32.0), ("down", 64.0), ("slower", 16.0)] {
+        let got = rate(&outcome, name) * 1e6 / 8.0 / 1024.0;
         let ratio = got / limit;
-        outcome.check((0.5..1.25).contains(&ratio), &format!("{name}: {got:.2} of {limit} MiB/s"));
+        outcome.check((0.5..1.25).contains(&ratio), &format!("{name}: {got:.0} of {limit} KiB/s"));
         announce(&format!("figure: {name} at {ratio:.2} of its limit"));
     }
     let faster = rate(&outcome, "faster") / rate(&outcome, "down");
     outcome.check(faster > 1.25, &format!("without a limit it is {faster:.2} times as fast"));
-    let disk = rate(&outcome, "disk") / 1024.0;
+    let disk: f64 = outcome.value("disk").parse().unwrap_or(0.0) / 1024.0;
     outcome.check((0.5..1.25).contains(&disk), &format!("disk: {disk:.2} of 1 MiB/s"));
+}
+
+/// How often the threads of network devices have gone to sleep, and so woken up.
+fn wake_ups(process: u32) -> u64 {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).expect("a process").flatten();
+    let status = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("status")).ok());
+    let of_net = status.filter(|status| status.starts_with("Name:\tvirtio1\n"));
+    let count = |status: &str| -> Option<u64> {
+        status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?.trim().parse().ok()
+    };
+    let counts: Vec<u64> = of_net.map(|status| count(&status).expect("a count")).collect();
+    assert!(!counts.is_empty(), "no thread is called virtio1");
+    counts.iter().sum()
 }
 
 /// Whether the host's kernel has threads that serve this process's queues.
@@ -503,6 +575,11 @@ fn taps_that_cannot_be_used_are_named_with_advice() {
     attempt("tap=rvmulti,queues=3", &[]).exits(0);
     attempt("tap=rvgone", &[]).exits(0);
     assert!(!Path::new("/sys/class/net/rvgone").exists(), "a tap that rvmm made goes with it");
+    let killed = user.monitor().args(["--net", "tap=rvgone"]).start_quiet();
+    killed.expect("ready");
+    assert!(Path::new("/sys/class/net/rvgone").exists());
+    drop(killed);
+    assert!(!Path::new("/sys/class/net/rvgone").exists(), "also when rvmm is killed");
     if has_tool("setpriv") {
         let weak = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-all"];
         attempt("tap=rvother", &weak).fails_with(&["rvother", "may not make it", "ip tuntap"]);
