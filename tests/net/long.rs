@@ -1,6 +1,7 @@
 //! Loads of minutes, for `scripts/test --long`.
 
 use super::*;
+use crate::support::monitor::Running;
 
 /// `rates NAME SECONDS ARGUMENTS…`: as `rate`, and how many intervals of two seconds had no byte.
 const RATES: &str = r#"
@@ -118,21 +119,12 @@ report round-trip $(sed -n 's/^round-trip[^=]*= //p' /tmp/ping)"#
     }
 }
 
-/// What a process holds: descriptors, threads, and kilobytes of memory that are its own and no file's.
-fn held(process: u32) -> [u64; 3] {
-    let count =
-        |what: &str| std::fs::read_dir(format!("/proc/{process}/{what}")).expect("a process").count() as u64;
-    let status = std::fs::read_to_string(format!("/proc/{process}/smaps")).expect("a process");
-    // Guest memory is one large piece; what is smaller is the monitor's own.
-    let (mut size, mut own) = (0, 0);
-    for line in status.lines() {
-        let kilobytes = |name: &str| line.strip_prefix(name)?.trim().strip_suffix(" kB")?.parse::<u64>().ok();
-        size = kilobytes("Size:").unwrap_or(size);
-        if size < 32 << 10 {
-            own += kilobytes("Private_Dirty:").unwrap_or(0);
-        }
-    }
-    [count("fd"), count("task"), own]
+/// What a monitor holds: descriptors, threads, and KiB of memory that are its own.
+fn held(running: &Running) -> [u64; 3] {
+    let count = |what: &str| {
+        std::fs::read_dir(format!("/proc/{}/{what}", running.pid())).expect("a process").count() as u64
+    };
+    [count("fd"), count("task"), running.own_kib()]
 }
 
 #[test]
@@ -165,14 +157,15 @@ rebind 1000; join; report bound $?
 read go </dev/ttyS0"#,
         );
         let net = format!("tap=rvmany,vhost={vhost}");
-        let monitor = script.on(linux.monitor_with_memory("256M")).args(["--net", &net]);
+        let monitor = linux.monitor_with_memory("256M").args(["--net", &net, "--log-level", "debug"]);
+        let monitor = script.on(monitor);
         let mut running = monitor.start_with_input();
         running.expect_within("ready=0", LINUX_PATIENCE + WORK);
-        let mut before = held(running.pid());
+        let mut before = held(&running);
         for (step, what) in [("connected=0", "1,000 connections"), ("bound=0", "1,000 resets")] {
             running.send("go\n");
             running.expect_within(step, LINUX_PATIENCE + Duration::from_secs(1200));
-            let after = held(running.pid());
+            let after = held(&running);
             announce(&format!(
                 "figure: vhost={vhost}: descriptors, threads, own KiB before and after {what}: {before:?}, {after:?}"
             ));
