@@ -10,7 +10,8 @@ rates() {
     iperf3 --connect-timeout 20000 -f k -i 2 -t $seconds "$@" >/tmp/iperf 2>&1 || { cat /tmp/iperf; report $name 0; return; }
     report $name $(sed -n 's/.* \([0-9.]*\) Kbits.*receiver.*/\1/p' /tmp/iperf | tail -n 1)
     report $name-lost "$(sed -n 's/.*ms  *\([0-9]*\/[0-9]*\) .*receiver.*/\1/p' /tmp/iperf | tail -n 1)"
-    report $name-stalls $(grep -v 'SUM\|sender\|receiver' /tmp/iperf | grep -c ' 0.00 Kbits/sec')
+    { grep '^.SUM' /tmp/iperf || grep '^. ' /tmp/iperf; } | grep -v 'sender\|receiver' >/tmp/intervals
+    report $name-stalls $(grep -c ' 0.00 Kbits/sec' /tmp/intervals)
 }
 counters() { cat $(printf '/sys/class/net/eth0/statistics/%s ' rx_dropped rx_errors tx_dropped tx_errors) | paste -sd' ' -; }
 "#;
