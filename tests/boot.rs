@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use rvmm::boot::testing::{ElfImage, Program};
+use rvmm::kvm::kind::Kind;
 
 use crate::support::guest::{More, Tiny, kernel_file};
-use crate::support::{Monitor, PATIENCE, binary, directory, has_kvm, image, skip, tiny};
+use crate::support::{Monitor, PATIENCE, binary, directory, has_kvm, image, kvm_kind, skip, tiny};
 
 fn hello() -> Program {
     Program::new().print("hello\n").power_off()
@@ -347,7 +348,7 @@ fn configuration_file_makes_a_vm_and_flags_override_it() {
 }
 
 #[test]
-fn kernel_file_that_is_truncated_meanwhile_ends_the_vm_in_good_order() {
+fn kernel_file_that_is_truncated_meanwhile_ends_the_vm_in_good_order_at_most() {
     if !has_kvm() {
         return;
     }
@@ -374,7 +375,13 @@ fn kernel_file_that_is_truncated_meanwhile_ends_the_vm_in_good_order() {
         .and_then(|file| file.set_len(0x1800))
         .expect("truncated");
     running.send("x");
-    running.wait(PATIENCE).exits(123).says("truncated while the VM ran");
+    let outcome = running.wait(PATIENCE);
+    // The kernel is mapped from its file on PVM hosts, and copied elsewhere.
+    if kvm_kind() == Some(Kind::Pvm) {
+        outcome.exits(123).says("truncated while the VM ran");
+    } else {
+        outcome.exits(0).shows("alive");
+    }
 }
 
 #[test]
