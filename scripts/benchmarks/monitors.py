@@ -122,13 +122,23 @@ class Qemu:
         """The binary, or None."""
         return shutil.which(QEMU)
 
-    def start(self, guest, events_fd=None):
-        """Starts QEMU; the guest's boot marks go to `events_fd`."""
+    def machine(self, memory_mib, kernel, events_path=None):
+        """The arguments for a machine without disks; the guest's boot marks go to `events_path`."""
         machine = "microvm,acpi=off,x-option-roms=off,pit=on,pic=on,rtc=off,isa-serial=on,auto-kernel-cmdline=on"
         # Without arch-capabilities: QEMU fails on an MSR of it on PVM hosts.
         arguments = [self.binary, "-M", machine, "-accel", "kvm", "-cpu", "host,-arch-capabilities", "-smp", "1"]
-        arguments += ["-m", str(guest.memory_mib), "-nodefaults", "-no-user-config", "-display", "none"]
-        arguments += ["-serial", "stdio", "-no-reboot", "-kernel", guest.kernel]
+        arguments += ["-m", str(memory_mib), "-nodefaults", "-no-user-config", "-display", "none"]
+        arguments += ["-serial", "stdio", "-no-reboot", "-kernel", kernel]
+        if events_path is not None:
+            port = f"isa-debugcon,iobase={EVENT_PORT:#x},readback={EVENT_PORT_ANSWER:#x},chardev=events"
+            arguments += ["-chardev", f"file,id=events,path={events_path}", "-device", port]
+            arguments += ["-device", f"isa-debug-exit,iobase={SLEEP_CONTROL:#x},iosize=1"]
+        return arguments
+
+    def start(self, guest, events_fd=None):
+        """Starts QEMU; the guest's boot marks go to `events_fd`."""
+        events_path = None if events_fd is None else f"/dev/fd/{events_fd}"
+        arguments = self.machine(guest.memory_mib, guest.kernel, events_path)
         cmdline = ["console=ttyS0 reboot=k panic=-1"]
         if self.kvm_is_pvm:
             cmdline += [guest.pvm_cmdline, QEMU_ON_PVM]
@@ -137,10 +147,6 @@ class Qemu:
             arguments += ["-drive", f"id=root,file={guest.rootfs},format=raw,if=none,readonly=on"]
             arguments += ["-device", "virtio-blk-device,drive=root"]
         arguments += ["-append", " ".join(cmdline + [guest.cmdline])]
-        if events_fd is not None:
-            port = f"isa-debugcon,iobase={EVENT_PORT:#x},readback={EVENT_PORT_ANSWER:#x},chardev=events"
-            arguments += ["-chardev", f"file,id=events,path=/dev/fd/{events_fd}", "-device", port]
-            arguments += ["-device", f"isa-debug-exit,iobase={SLEEP_CONTROL:#x},iosize=1"]
         return Process(arguments, () if events_fd is None else (events_fd,))
 
     def ram_ranges(self, process, guest):
