@@ -180,7 +180,7 @@ n=0; while [ $n -lt 300 ]; do echo $n >/mnt/fio/$n; n=$((n + 1)); done; ls /mnt/
 rm -r /mnt/fio; report rm $?
 umount /mnt 2>/dev/null; cd /; umount /mnt; report umount $?"#,
     );
-    let monitor = linux.monitor_with_memory("256M").args(["--cpus", "2"]).args(share("work", &folder, ""));
+    let monitor = linux.monitor_with_memory("256M").args(share("work", &folder, ""));
     let outcome = script.run_long(monitor, WORK);
     outcome.exits(0);
     for step in [
