@@ -1,0 +1,3 @@
+//! Containers: one image and one configuration, natively or in a microVM.
+
+pub mod config;

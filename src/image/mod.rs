@@ -1,0 +1,1 @@
+//! Images: from a reference to layers that a container can stand on.
