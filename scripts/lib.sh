@@ -87,8 +87,12 @@ place() {
     cp --sparse=always "$1" "$2.$$" && mv -f "$2.$$" "$2"
 }
 
-# build_rvmm [PREFIX…]: target/release/rvmm, linked statically: it starts sooner, takes less memory (docs/performance.md),
-# and runs on hosts with other libraries. `cargo build --release` makes the same program, linked dynamically.
+# build_rvmm [PREFIX…]: target/release/rvmm and rvmm-engine, linked statically: they start sooner, take less memory
+# (docs/performance.md), and run on hosts with other libraries. `cargo build --release` makes the same, linked dynamically.
 build_rvmm() {
-    (cd "$project" && "$@" cargo rustc --release --locked --bin rvmm -- -C target-feature=+crt-static)
+    local binary
+    for binary in rvmm rvmm-engine; do
+        (cd "$project" && LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=$(dirname "$(gcc -print-file-name=libseccomp.a)") \
+            "$@" cargo rustc --release --locked --bin $binary -- -C target-feature=+crt-static) || return
+    done
 }

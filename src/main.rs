@@ -5,5 +5,5 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let timeline = rvmm::vm::Timeline::start();
     rvmm::memory::heap::use_one_arena();
-    rvmm::cli::main(timeline)
+    rvmm::cli::monitor(timeline)
 }

@@ -1,7 +1,7 @@
-//! The part of rvmm that deals with images and containers; `rvmm` runs it.
+//! The part of rvmm that knows images, containers and hosts; `rvmm` runs it.
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    rvmm::cli::engine()
 }

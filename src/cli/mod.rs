@@ -3,11 +3,13 @@
 mod boot;
 mod completions;
 mod doctor;
+mod engine_program;
 mod file_server;
 mod hint;
 mod logging;
 mod man;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -25,9 +27,9 @@ use crate::vm::{EXIT_FAILED, Timeline};
     max_term_width = 100,
     after_long_help = boot::EXAMPLES
 )]
-struct Arguments {
+struct Arguments<C: Subcommand> {
     #[command(subcommand)]
-    command: Option<Command>,
+    command: Option<C>,
     #[command(flatten)]
     boot: boot::BootArguments,
     /// Print an error's causes one under the other
@@ -35,31 +37,57 @@ struct Arguments {
     verbose: bool,
 }
 
+/// What the monitor's program does itself beside running VMs. Everything else is the engine's: a command line of many
+/// subcommands takes time and memory to describe, which every VM would pay.
+#[derive(Subcommand)]
+enum MonitorCommand {
+    #[command(name = crate::fileserver::SUBCOMMAND, hide = true)]
+    FileServer(file_server::FileServerArguments),
+    #[command(external_subcommand)]
+    Engine(Vec<OsString>),
+}
+
 #[derive(Subcommand)]
 enum Command {
     Completions(completions::CompletionsArguments),
     Doctor(doctor::DoctorArguments),
     Man(man::ManArguments),
-    #[command(name = crate::fileserver::SUBCOMMAND, hide = true)]
-    FileServer(file_server::FileServerArguments),
 }
 
 /// The whole command line as clap knows it, for completions and manual pages.
 pub fn command() -> clap::Command {
-    Arguments::command()
+    Arguments::<Command>::command()
 }
 
-/// Does what the arguments say; errors are printed here.
-pub fn main(timeline: Timeline) -> ExitCode {
-    let arguments = Arguments::parse();
-    let verbose = arguments.verbose;
+/// `rvmm`: runs a VM, or the engine for everything else. Errors are printed here.
+pub fn monitor(timeline: Timeline) -> ExitCode {
+    let first = std::env::args_os().nth(1);
+    // The engine knows all that there is to help with.
+    if first.is_none_or(|first| first == "-h" || first == "--help") {
+        return end(engine_program::replace(std::env::args_os().skip(1)), false);
+    }
+    let arguments = Arguments::<MonitorCommand>::parse();
     let result = match arguments.command {
         None => boot::run(arguments.boot, timeline),
+        Some(MonitorCommand::FileServer(arguments)) => file_server::run(&arguments),
+        Some(MonitorCommand::Engine(command)) => engine_program::replace(command),
+    };
+    end(result, arguments.verbose)
+}
+
+/// `rvmm-engine`: all subcommands. Errors are printed here.
+pub fn engine() -> ExitCode {
+    let arguments = Arguments::<Command>::parse();
+    let result = match arguments.command {
+        None => boot::run(arguments.boot, Timeline::start()),
         Some(Command::Completions(arguments)) => completions::run(&arguments),
         Some(Command::Doctor(arguments)) => doctor::run(&arguments),
         Some(Command::Man(arguments)) => man::run(&arguments),
-        Some(Command::FileServer(arguments)) => file_server::run(&arguments),
     };
+    end(result, arguments.verbose)
+}
+
+fn end(result: anyhow::Result<ExitCode>, verbose: bool) -> ExitCode {
     result.unwrap_or_else(|error| {
         report(&error, verbose);
         ExitCode::from(EXIT_FAILED)

@@ -1,6 +1,6 @@
 //! Which instructions the monitor carries out, and where their operands are.
 
-use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
 use super::xstate::Save;
@@ -86,9 +86,33 @@ pub fn bitness(cs: &kvm_segment, efer: u64) -> u32 {
 
 /// Decodes the instruction at `rip`; `None` if `bytes` do not start with a whole and valid one.
 pub fn decode(bytes: &[u8], rip: u64, bitness: u32) -> Option<Instruction> {
+    if let Some((code, len)) = zero_vectors(bytes) {
+        let mut instruction = Instruction::new();
+        instruction.set_code(code);
+        instruction.set_len(len);
+        instruction.set_next_ip(rip.wrapping_add(len as u64));
+        return Some(instruction);
+    }
     let mut decoder = Decoder::with_ip(bitness, bytes, rip, DecoderOptions::NONE);
     let instruction = decoder.decode();
     (!instruction.is_invalid()).then_some(instruction)
+}
+
+/// VZEROUPPER and VZEROALL, the only instructions with a VEX prefix here. The decoder is built without its tables for the
+/// others, which would be a quarter of the monitor's private memory.
+fn zero_vectors(bytes: &[u8]) -> Option<(Code, usize)> {
+    // VEX.vvvv is 1111b, VEX.pp is 0, and VEX.L tells them apart (SDM volume 2, VZEROALL). The bits above are those that
+    // a decoder of 32-bit code wants, where the same byte begins LES and LDS.
+    let (vex, len) = match bytes {
+        [0xc5, vex, 0x77, ..] if vex & 0xc0 == 0xc0 => (*vex, 3),
+        [0xc4, map, vex, 0x77, ..] if map & 0xdf == 0xc1 => (*vex, 4),
+        _ => return None,
+    };
+    match vex & 0x7f {
+        0x78 => Some((Code::VEX_Vzeroupper, len)),
+        0x7c => Some((Code::VEX_Vzeroall, len)),
+        _ => None,
+    }
 }
 
 /// What there is to do for an instruction; `None` if the monitor cannot.
@@ -115,8 +139,8 @@ pub fn operation(instruction: &Instruction) -> Option<Operation> {
         Mnemonic::Xrstor64 => Operation::Restore { wide: true, supervisor: false },
         Mnemonic::Xrstors => Operation::Restore { wide: false, supervisor: true },
         Mnemonic::Xrstors64 => Operation::Restore { wide: true, supervisor: true },
-        Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr => Operation::LoadMxcsr,
-        Mnemonic::Stmxcsr | Mnemonic::Vstmxcsr => Operation::StoreMxcsr,
+        Mnemonic::Ldmxcsr => Operation::LoadMxcsr,
+        Mnemonic::Stmxcsr => Operation::StoreMxcsr,
         Mnemonic::Vzeroupper => Operation::ZeroVectors(false),
         Mnemonic::Vzeroall => Operation::ZeroVectors(true),
         Mnemonic::Wait => Operation::Wait,
@@ -202,4 +226,29 @@ fn slot(regs: &mut kvm_regs, register: Register) -> Option<&mut u64> {
         Register::R15 => &mut regs.r15,
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn instructions_that_zero_vectors_are_known_in_every_form() {
+        let decoded = |bytes: &[u8]| decode(bytes, 0x1000, 64).map(|i| (operation(&i), i.len(), i.next_ip()));
+        let zero = |all, len| Some((Some(Operation::ZeroVectors(all)), len, 0x1000 + len as u64));
+        assert_eq!(decoded(&[0xc5, 0xf8, 0x77, 0x90]), zero(false, 3));
+        assert_eq!(decoded(&[0xc5, 0xfc, 0x77]), zero(true, 3));
+        assert_eq!(decoded(&[0xc4, 0xe1, 0x78, 0x77]), zero(false, 4));
+        assert_eq!(decoded(&[0xc4, 0xc1, 0xfc, 0x77]), zero(true, 4));
+        // Another opcode, another map, another prefix, vvvv that names a register, and too few bytes.
+        for bytes in [
+            &[0xc5, 0xf8, 0x28, 0xc1][..],
+            &[0xc4, 0xe2, 0x78, 0x77],
+            &[0xc5, 0xf9, 0x77],
+            &[0xc5, 0xf0, 0x77],
+            &[0xc5, 0xf8],
+        ] {
+            assert_eq!(decoded(bytes), None, "{bytes:02x?}");
+        }
+    }
 }
