@@ -1,3 +1,4 @@
 //! Containers: one image and one configuration, natively or in a microVM.
 
+pub mod backend;
 pub mod config;
