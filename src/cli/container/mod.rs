@@ -1,0 +1,95 @@
+//! Containers on the command line, as users of Docker know it.
+
+mod configure;
+mod exec;
+mod format;
+mod inspect;
+mod logs;
+mod names;
+mod options;
+mod ps;
+mod run;
+mod session;
+mod start;
+mod stats;
+mod stop;
+mod values;
+
+use std::process::ExitCode;
+
+use crate::container::life;
+use crate::container::records::Records;
+use crate::container::roots::Roots;
+
+/// Subcommands about containers.
+#[derive(clap::Subcommand)]
+pub enum ContainerCommand {
+    Run(run::RunArguments),
+    Create(run::CreateArguments),
+    Start(start::StartArguments),
+    Restart(start::RestartArguments),
+    Attach(start::AttachArguments),
+    Exec(exec::ExecArguments),
+    Ps(ps::PsArguments),
+    Logs(logs::LogsArguments),
+    Stop(stop::StopArguments),
+    Kill(stop::KillArguments),
+    Pause(stop::PauseArguments),
+    Unpause(stop::UnpauseArguments),
+    Wait(stop::WaitArguments),
+    Rm(stop::RmArguments),
+    Rename(stop::RenameArguments),
+    Inspect(inspect::InspectArguments),
+    Port(inspect::PortArguments),
+    Stats(stats::StatsArguments),
+    Top(stats::TopArguments),
+}
+
+/// Runs one of them.
+pub fn run(command: &ContainerCommand) -> anyhow::Result<ExitCode> {
+    use ContainerCommand::*;
+    let records = Records::open(&Roots::find()?)?;
+    // What was killed without a chance to clear away is mended by whoever comes next.
+    life::mend_all(&records)?;
+    match command {
+        Run(arguments) => run::run(arguments, &records),
+        Create(arguments) => run::create(arguments, &records),
+        Start(arguments) => start::start(arguments, &records),
+        Restart(arguments) => start::restart(arguments, &records),
+        Attach(arguments) => start::attach(arguments, &records),
+        Exec(arguments) => exec::run(arguments, &records),
+        Ps(arguments) => ps::run(arguments, &records),
+        Logs(arguments) => logs::run(arguments, &records),
+        Stop(arguments) => stop::stop(arguments, &records),
+        Kill(arguments) => stop::kill(arguments, &records),
+        Pause(arguments) => stop::pause(arguments, &records),
+        Unpause(arguments) => stop::unpause(arguments, &records),
+        Wait(arguments) => stop::wait(arguments, &records),
+        Rm(arguments) => stop::rm(arguments, &records),
+        Rename(arguments) => stop::rename(arguments, &records),
+        Inspect(arguments) => inspect::run(arguments, &records),
+        Port(arguments) => inspect::port(arguments, &records),
+        Stats(arguments) => stats::stats(arguments, &records),
+        Top(arguments) => stats::top(arguments, &records),
+    }
+}
+
+/// Does something with each of several containers. What fails is said, and the others are done nevertheless; the names of
+/// those that were done are printed.
+fn each(
+    records: &Records,
+    names: &[String],
+    mut work: impl FnMut(&str) -> anyhow::Result<()>,
+) -> anyhow::Result<ExitCode> {
+    let mut code = ExitCode::SUCCESS;
+    for name in names {
+        match records.find(name).map_err(Into::into).and_then(|id| work(&id)) {
+            Ok(()) => println!("{name}"),
+            Err(error) => {
+                super::report(&error, false);
+                code = ExitCode::FAILURE;
+            }
+        }
+    }
+    Ok(code)
+}

@@ -1,0 +1,168 @@
+//! Files that are whole at every moment, and locks that die with their holder.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Why a file could not be read, written or locked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host's file system.
+    #[error("cannot {what} {path:?}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not what rvmm writes.
+    #[error("{path:?} is damaged")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Where and how.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+impl Error {
+    /// Whether the file is not there.
+    pub fn is_missing(&self) -> bool {
+        matches!(self, Error::Host { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+}
+
+fn host(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Host { what, path: path.into(), source }
+}
+
+/// Makes a directory that only this user may enter, and those above it.
+pub fn make_directory(path: &Path) -> Result<(), Error> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(host("make the directory", path))
+}
+
+/// Replaces a file by `value` as JSON, in one step: a reader sees the old or the new one, also after a crash.
+pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
+    let mut bytes =
+        serde_json::to_vec_pretty(value).map_err(|source| Error::Damaged { path: path.into(), source })?;
+    bytes.push(b'\n');
+    write(path, &bytes, 0o600)
+}
+
+/// Replaces a file in one step.
+pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Error> {
+    let new = path.with_extension(format!("new-{}", std::process::id()));
+    let result = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(mode)
+        .open(&new)
+        .and_then(|mut file| file.write_all(bytes))
+        .and_then(|()| fs::rename(&new, path));
+    result.map_err(|source| {
+        let _ = fs::remove_file(&new);
+        Error::Host { what: "write", path: path.into(), source }
+    })
+}
+
+/// Reads what [`write_json`] has written.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
+    let bytes = fs::read(path).map_err(host("read", path))?;
+    serde_json::from_slice(&bytes).map_err(|source| Error::Damaged { path: path.into(), source })
+}
+
+/// A held lock. It is free again when the value is dropped, or when every process that has inherited it has ended.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    /// Waits for the lock at `path`, whose directory must be there.
+    pub fn wait(path: &Path) -> Result<Lock, Error> {
+        loop {
+            if let Some(lock) = Self::take(path, FlockOperation::LockExclusive)? {
+                return Ok(lock);
+            }
+        }
+    }
+
+    /// Takes the lock if nobody holds it.
+    pub fn try_take(path: &Path) -> Result<Option<Lock>, Error> {
+        Self::take(path, FlockOperation::NonBlockingLockExclusive)
+    }
+
+    fn take(path: &Path, operation: FlockOperation) -> Result<Option<Lock>, Error> {
+        loop {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(path)
+                .map_err(host("open the lock", path))?;
+            match rustix::fs::flock(&file, operation) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+                Err(errno) => return Err(host("take the lock", path)(errno.into())),
+            }
+            // Whoever removed the directory meanwhile has left us a lock that nobody else can find.
+            if is_same(&file, path) {
+                return Ok(Some(Lock { _file: file }));
+            }
+        }
+    }
+}
+
+fn is_same(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (file.metadata(), fs::metadata(path)) {
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_round_trips_and_damage_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a/b/x.json");
+        assert!(read_json::<Vec<u32>>(&path).unwrap_err().is_missing());
+        make_directory(path.parent().unwrap()).unwrap();
+        write_json(&path, &vec![1, 2]).unwrap();
+        write_json(&path, &vec![3]).unwrap();
+        assert_eq!(read_json::<Vec<u32>>(&path).unwrap(), [3]);
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+        fs::write(&path, "[3").unwrap();
+        assert!(matches!(read_json::<Vec<u32>>(&path), Err(Error::Damaged { .. })));
+    }
+
+    #[test]
+    fn lock_is_for_one_and_follows_its_path() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lock");
+        let lock = Lock::wait(&path).unwrap();
+        assert!(Lock::try_take(&path).unwrap().is_none());
+        drop(lock);
+        let lock = Lock::try_take(&path).unwrap().unwrap();
+        fs::remove_file(&path).unwrap();
+        // A new file, a new lock.
+        assert!(Lock::try_take(&path).unwrap().is_some());
+        drop(lock);
+    }
+}

@@ -1,0 +1,263 @@
+//! The containers of this user, as directories: made, found, changed, and mended after a crash.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::config::ContainerConfig;
+use super::files::{self, Lock};
+use super::roots::Roots;
+use super::state::{State, Status, now_ns};
+
+/// Exit code of a container whose supervisor is gone.
+const LOST: u8 = 255;
+/// Prefix of directories that are being made or removed.
+const UNFINISHED: &str = ".unfinished-";
+
+/// Why a container could not be found, made or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nothing has that name.
+    #[error("there is no container {0:?}")]
+    Unknown(String),
+    /// Several ids begin so.
+    #[error("{0:?} is the beginning of several containers' ids")]
+    Ambiguous(String),
+    /// The name is taken.
+    #[error("the name {name:?} belongs to container {id} already", id = short(.id))]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// Whose it is.
+        id: String,
+    },
+    /// No container can have that name.
+    #[error("{0:?} is no name: it has letters, digits, '_', '.' and '-', and begins with a letter or digit")]
+    BadName(String),
+    /// A file.
+    #[error(transparent)]
+    File(#[from] files::Error),
+    /// A directory.
+    #[error("cannot {what} {path:?}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// The directory.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The first 12 digits of an id.
+pub fn short(id: &str) -> &str {
+    id.get(..12).unwrap_or(id)
+}
+
+/// Whether a container may have that name.
+pub fn is_name(name: &str) -> bool {
+    let mut bytes = name.bytes();
+    bytes.next().is_some_and(|byte| byte.is_ascii_alphanumeric())
+        && name.len() <= 255
+        && bytes.all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte))
+}
+
+/// A container as it was found.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// What was asked for.
+    pub config: ContainerConfig,
+    /// What became of it.
+    pub state: State,
+}
+
+/// All containers of this user.
+#[derive(Clone, Debug)]
+pub struct Records {
+    roots: Roots,
+}
+
+impl Records {
+    /// Those below `roots`, which are made if they are not there.
+    pub fn open(roots: &Roots) -> Result<Records, Error> {
+        files::make_directory(&roots.containers())?;
+        files::make_directory(&roots.run.join("containers"))?;
+        Ok(Records { roots: roots.clone() })
+    }
+
+    /// Where things lie.
+    pub fn roots(&self) -> &Roots {
+        &self.roots
+    }
+
+    /// The lock under which containers are made, named and removed.
+    pub fn lock(&self) -> Result<Lock, Error> {
+        Ok(Lock::wait(&self.roots.containers().join("lock"))?)
+    }
+
+    /// Keeps a new container. Its name must be free.
+    pub fn create(&self, config: &ContainerConfig) -> Result<(), Error> {
+        if !is_name(&config.name) {
+            return Err(Error::BadName(config.name.clone()));
+        }
+        let _lock = self.lock()?;
+        if let Some(other) = self.all()?.into_iter().find(|other| other.config.name == config.name) {
+            return Err(Error::NameTaken { name: config.name.clone(), id: other.config.id });
+        }
+        let new = self.roots.containers().join(format!("{UNFINISHED}{}", config.id));
+        files::make_directory(&new)?;
+        files::write_json(&new.join("config.json"), config)?;
+        files::write_json(&new.join("state.json"), &State::default())?;
+        let place = self.roots.container(&config.id);
+        fs::rename(&new, &place).map_err(host("make", &place))
+    }
+
+    /// Gives a container another name.
+    pub fn rename(&self, id: &str, name: &str) -> Result<(), Error> {
+        if !is_name(name) {
+            return Err(Error::BadName(name.into()));
+        }
+        let _lock = self.lock()?;
+        if let Some(other) = self.all()?.into_iter().find(|other| other.config.name == name) {
+            return Err(Error::NameTaken { name: name.into(), id: other.config.id });
+        }
+        let mut record = self.read(id)?;
+        record.config.name = name.into();
+        Ok(files::write_json(&self.roots.container(id).join("config.json"), &record.config)?)
+    }
+
+    /// The container with that id.
+    pub fn read(&self, id: &str) -> Result<Record, Error> {
+        let directory = self.roots.container(id);
+        let read = || -> Result<Record, files::Error> {
+            Ok(Record {
+                config: files::read_json(&directory.join("config.json"))?,
+                state: files::read_json(&directory.join("state.json"))?,
+            })
+        };
+        read().map_err(|error| if error.is_missing() { Error::Unknown(id.into()) } else { error.into() })
+    }
+
+    /// All containers, the newest first. One that is damaged is left out, with a warning.
+    pub fn all(&self) -> Result<Vec<Record>, Error> {
+        let mut records = vec![];
+        for id in self.ids()? {
+            match self.read(&id) {
+                Ok(record) => records.push(record),
+                // Removed meanwhile.
+                Err(Error::Unknown(_)) => {}
+                Err(error) => tracing::warn!("{}", crate::error_chain(&error)),
+            }
+        }
+        records.sort_by_key(|record| std::cmp::Reverse(record.config.created_ns));
+        Ok(records)
+    }
+
+    fn ids(&self) -> Result<Vec<String>, Error> {
+        let place = self.roots.containers();
+        let entries = fs::read_dir(&place).map_err(host("read", &place))?;
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        Ok(names.filter(|name| name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit())).collect())
+    }
+
+    /// The id of the container that is called so, or whose id begins so.
+    pub fn find(&self, text: &str) -> Result<String, Error> {
+        let ids = self.ids()?;
+        if ids.iter().any(|id| id == text) {
+            return Ok(text.into());
+        }
+        if let Some(record) = self.all()?.into_iter().find(|record| record.config.name == text) {
+            return Ok(record.config.id);
+        }
+        let mut found = ids.into_iter().filter(|id| !text.is_empty() && id.starts_with(text));
+        match (found.next(), found.next()) {
+            (Some(id), None) => Ok(id),
+            (Some(_), Some(_)) => Err(Error::Ambiguous(text.into())),
+            (None, _) => Err(Error::Unknown(text.into())),
+        }
+    }
+
+    /// Replaces what became of a container.
+    pub fn write_state(&self, id: &str, state: &State) -> Result<(), Error> {
+        Ok(files::write_json(&self.roots.container(id).join("state.json"), state)?)
+    }
+
+    /// The lock that a container's supervisor holds as long as it lives.
+    fn life(&self, id: &str) -> Result<PathBuf, Error> {
+        let directory = self.roots.container_run(id);
+        files::make_directory(&directory)?;
+        Ok(directory.join("lock"))
+    }
+
+    /// Takes a container's life: nobody else is its supervisor, starts it or removes it. `None` if somebody is.
+    pub fn take_life(&self, id: &str) -> Result<Option<Lock>, Error> {
+        Ok(Lock::try_take(&self.life(id)?)?)
+    }
+
+    /// Waits until nobody has a container's life, and takes it.
+    pub fn await_life(&self, id: &str) -> Result<Lock, Error> {
+        Ok(Lock::wait(&self.life(id)?)?)
+    }
+
+    /// Whether a container has a supervisor.
+    pub fn is_supervised(&self, id: &str) -> bool {
+        let lock = self.roots.container_run(id).join("lock");
+        // Looking must not make anything.
+        lock.exists() && matches!(Lock::try_take(&lock), Ok(None))
+    }
+
+    /// What a container is whose supervisor is gone although it ran. To be called with its life taken, after what it has
+    /// left was cleared away.
+    pub fn bury(&self, record: &mut Record) -> Result<(), Error> {
+        let state = &mut record.state;
+        if state.status.is_live() {
+            state.status = Status::Exited;
+            state.exit_code = Some(LOST);
+            state.finished_ns = Some(now_ns());
+            state.error = Some("its supervisor was killed, or the host was restarted".into());
+        }
+        state.pid = None;
+        state.supervisor = None;
+        state.endpoints = vec![];
+        self.write_state(&record.config.id, &record.state)
+    }
+
+    /// Removes all that is kept of a container, with its life taken.
+    pub fn remove(&self, id: &str) -> Result<(), Error> {
+        let place = self.roots.container(id);
+        let gone = self.roots.containers().join(format!("{UNFINISHED}{id}"));
+        {
+            let _lock = self.lock()?;
+            match fs::rename(&place, &gone) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                result => result.map_err(host("remove", &place))?,
+            }
+        }
+        remove_all(&gone)?;
+        remove_all(&self.roots.container_run(id))
+    }
+
+    /// Removes what half-made and half-removed containers have left.
+    pub fn sweep(&self) -> Result<(), Error> {
+        let _lock = self.lock()?;
+        let place = self.roots.containers();
+        for entry in fs::read_dir(&place).map_err(host("read", &place))?.flatten() {
+            if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+                remove_all(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn remove_all(path: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result.map_err(host("remove", path)),
+    }
+}
+
+fn host(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Host { what, path: path.into(), source }
+}

@@ -1,0 +1,219 @@
+//! The process that looks after one container: starts it, keeps and passes on its output, checks its health, starts it
+//! again, and clears away what is left. There is no daemon behind it.
+//!
+//! It has one thread, because the native backend forks. It holds the container's life (a lock) until it ends, however
+//! that happens; whoever finds the lock free and a container running mends that ([`super::life`]).
+
+mod clients;
+mod health;
+mod process;
+pub mod protocol;
+mod turn;
+
+use std::fs;
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use self::clients::Clients;
+use self::protocol::Event;
+use super::backend;
+use super::config::{ContainerConfig, Restart};
+use super::files::Lock;
+use super::log;
+use super::prepare;
+use super::records::{self, Records};
+use super::state::{State, Status, now_ns};
+
+/// Before the first restart, and the most before later ones.
+const RESTART_DELAY_MIN: Duration = Duration::from_millis(100);
+const RESTART_DELAY_MAX: Duration = Duration::from_secs(60);
+/// How long a container must have run for its next restart to be the first again.
+const STEADY: Duration = Duration::from_secs(10);
+/// How long clients have to take the last words.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Why a container cannot be looked after.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The container's directories.
+    #[error(transparent)]
+    Records(#[from] records::Error),
+    /// What goes before the container's start.
+    #[error(transparent)]
+    Prepare(#[from] prepare::Error),
+    /// The container.
+    #[error(transparent)]
+    Backend(#[from] backend::Error),
+    /// The supervisor's own means.
+    #[error("cannot {what} {path:?}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The supervisor's own means.
+    #[error("cannot wait for events")]
+    Wait(#[source] io::Error),
+}
+
+impl Error {
+    /// The exit code of `run` for it, as Docker has it.
+    fn docker_code(&self) -> u8 {
+        match self {
+            Error::Backend(error) => error.docker_code(),
+            _ => 125,
+        }
+    }
+}
+
+/// Looks after a container from its start to its end. `first` is a client that is there from the beginning.
+pub fn supervise(records: &Records, config: ContainerConfig, life: Lock, first: Option<UnixStream>) {
+    let id = config.id.clone();
+    if let Err(error) = Supervisor::new(records, config, first).map(|supervisor| supervisor.run()) {
+        tracing::error!("{}", crate::error_chain(&error));
+    }
+    // Before anybody can take the life and find things half cleared.
+    drop(life);
+    tracing::debug!("container {} has ended", records::short(&id));
+}
+
+struct Supervisor<'a> {
+    records: &'a Records,
+    config: ContainerConfig,
+    state: State,
+    clients: Clients,
+    log: log::Writer,
+    signals: SignalFd,
+    /// What the user asked for last: the container ends and is not started again.
+    stopping: Option<Stop>,
+}
+
+/// An end that was asked for.
+struct Stop {
+    /// When it is enforced.
+    deadline: Option<Instant>,
+    /// Whether SIGKILL was sent.
+    killed: bool,
+}
+
+impl<'a> Supervisor<'a> {
+    fn new(records: &'a Records, config: ContainerConfig, first: Option<UnixStream>) -> Result<Self, Error> {
+        let roots = records.roots();
+        let socket = roots.container_run(&config.id).join("control.sock");
+        let log = roots.container(&config.id).join("log");
+        let at =
+            |what, path: &PathBuf| move |source| Error::Host { what, path: path.clone(), source };
+        // Only who has the container's life gets here, so a socket that is there is nobody's.
+        let _ = fs::remove_file(&socket);
+        let listener = UnixListener::bind(&socket).map_err(at("listen at", &socket))?;
+        listener.set_nonblocking(true).map_err(at("listen at", &socket))?;
+        let mut clients = Clients::new(listener);
+        if let Some(first) = first {
+            clients.add(first);
+        }
+        let mut mask = SigSet::empty();
+        for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+            mask.add(signal);
+        }
+        mask.thread_block().map_err(|errno| Error::Wait(errno.into()))?;
+        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+            .map_err(|errno| Error::Wait(errno.into()))?;
+        let state = State { health: health::initial(&config), ..State::default() };
+        let log = log::Writer::open(&log).map_err(at("write", &log))?;
+        Ok(Supervisor { records, config, state, clients, log, signals, stopping: None })
+    }
+
+    /// Runs the container as often as it is to be run.
+    fn run(mut self) {
+        let mut delay = RESTART_DELAY_MIN;
+        loop {
+            let begun = Instant::now();
+            let code = match self.run_once() {
+                Ok(code) => code,
+                Err(error) => {
+                    self.clear();
+                    let (code, message) = (error.docker_code(), crate::error_chain(&error));
+                    self.state.error = Some(message.clone());
+                    // What has never run is not tried again.
+                    if self.state.restarts == 0 {
+                        self.end(code, &Event::Failed { code, message });
+                        return;
+                    }
+                    code
+                }
+            };
+            if self.stopping.is_some() || !self.starts_again(code) {
+                self.end(code, &Event::Exited(code));
+                return;
+            }
+            delay = if begun.elapsed() >= STEADY { RESTART_DELAY_MIN } else { delay };
+            self.state.status = Status::Restarting;
+            self.state.exit_code = Some(code);
+            self.state.finished_ns = Some(now_ns());
+            self.state.pid = None;
+            self.write_state();
+            self.rest(delay);
+            if self.stopping.is_some() {
+                self.end(code, &Event::Exited(code));
+                return;
+            }
+            delay = (2 * delay).min(RESTART_DELAY_MAX);
+            self.state.restarts += 1;
+        }
+    }
+
+    fn starts_again(&self, code: u8) -> bool {
+        match self.config.restart {
+            Restart::No => false,
+            Restart::OnFailure(most) => code != 0 && (most == 0 || self.state.restarts < most),
+            Restart::Always | Restart::UnlessStopped => true,
+        }
+    }
+
+    /// Keeps how the container ended, tells everybody, and removes it if that was asked for.
+    fn end(mut self, code: u8, event: &Event) {
+        self.log.finish();
+        self.state.status = match event {
+            Event::Failed { .. } if self.state.started_ns.is_none() => Status::Created,
+            _ => Status::Exited,
+        };
+        self.state.exit_code = Some(code);
+        self.state.finished_ns = Some(now_ns());
+        self.state.pid = None;
+        self.state.supervisor = None;
+        self.state.endpoints = vec![];
+        self.state.stopped = self.stopping.is_some();
+        self.write_state();
+        let roots = self.records.roots();
+        let _ = fs::remove_file(roots.container_run(&self.config.id).join("control.sock"));
+        if self.config.auto_remove
+            && let Err(error) = prepare::remove(self.records, &self.config)
+        {
+            tracing::error!("{}", crate::error_chain(&error));
+        }
+        self.clients.accept();
+        self.clients.dismiss(event);
+        self.farewell();
+    }
+
+    fn clear(&mut self) {
+        if let Err(error) = prepare::clear(self.records, &self.config) {
+            tracing::error!("{}", crate::error_chain(&error));
+        }
+    }
+
+    fn write_state(&self) {
+        if let Err(error) = self.records.write_state(&self.config.id, &self.state) {
+            tracing::error!("{}", crate::error_chain(&error));
+        }
+    }
+}
