@@ -1,3 +1,7 @@
 //! Containers: one image and one configuration, natively or in a microVM.
 
 pub mod config;
+pub mod network;
+mod store;
+
+pub use store::Error as StoreError;
