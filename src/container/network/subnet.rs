@@ -6,12 +6,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 /// The default network's, if the host has no route into it.
-const DEFAULT: Ipv4Net = net(88, 0, 16);
-/// Where subnets of 256 addresses are taken from for other networks: 10.89.0.0/16 to 10.95.0.0/16.
-const POOL: std::ops::RangeInclusive<u8> = 89..=95;
+const DEFAULT: Ipv4Net = net([10, 88, 0], 16);
+/// Where subnets of 256 addresses are taken from for other networks: 10.89.0.0/16 to 10.95.0.0/16, and on hosts that have
+/// all of 10.0.0.0/8 behind them 172.24.0.0/16 to 172.31.0.0/16.
+const POOL: [(u8, std::ops::RangeInclusive<u8>); 2] = [(10, 89..=95), (172, 24..=31)];
 
-const fn net(second: u8, third: u8, prefix: u8) -> Ipv4Net {
-    Ipv4Net::new_assert(Ipv4Addr::new(10, second, third, 0), prefix)
+const fn net([first, second, third]: [u8; 3], prefix: u8) -> Ipv4Net {
+    Ipv4Net::new_assert(Ipv4Addr::new(first, second, third, 0), prefix)
 }
 
 /// Whether two subnets have an address in common.
@@ -21,9 +22,13 @@ pub(super) fn overlap(one: &IpNet, other: &IpNet) -> bool {
 
 /// The first subnet of ours that overlaps with none of `taken`.
 pub(super) fn free(taken: &[IpNet], default_network: bool) -> Option<IpNet> {
-    let pool = POOL.flat_map(|second| (0..=255).map(move |third| net(second, third, 24)));
+    let range = |(first, seconds): (u8, std::ops::RangeInclusive<u8>)| {
+        seconds.flat_map(move |second| (0..=255).map(move |third| net([first, second, third], 24)))
+    };
+    let pool = POOL.into_iter().flat_map(range);
     let first = default_network.then_some(DEFAULT);
-    first.into_iter().chain(pool).map(IpNet::V4).find(|subnet| !taken.iter().any(|net| overlap(net, subnet)))
+    let is_free = |subnet: &IpNet| !taken.iter().any(|net| overlap(net, subnet));
+    first.into_iter().chain(pool).map(IpNet::V4).find(is_free)
 }
 
 /// A unique local IPv6 subnet, RFC 4193 §3.1, from 7 random bytes.
@@ -109,7 +114,8 @@ mod tests {
             Some(parse("10.89.3.0/24"))
         );
         assert_eq!(free(&[parse("10.88.0.0/15")], true), Some(parse("10.90.0.0/24")));
-        assert_eq!(free(&[parse("10.0.0.0/8")], true), None);
+        assert_eq!(free(&[parse("10.0.0.0/8")], true), Some(parse("172.24.0.0/24")));
+        assert_eq!(free(&[parse("10.0.0.0/8"), parse("172.16.0.0/12")], false), None);
     }
 
     #[test]
