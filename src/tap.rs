@@ -325,6 +325,14 @@ impl Tap {
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
+    /// Has the interface stay when the last descriptor is closed.
+    pub fn keep(&self) -> io::Result<()> {
+        let Some(queue) = self.queues.first().filter(|_| self.real) else { return Ok(()) };
+        // SAFETY: the request takes its argument by value.
+        let result = unsafe { libc::ioctl(queue.fd.as_raw_fd(), libc::TUNSETPERSIST, 1) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
     /// Has the host use the first `count` queues and no others.
     pub fn set_active(&mut self, count: usize) -> io::Result<()> {
         let Ok(interface) = Interface::new(&self.name) else { return Ok(()) };

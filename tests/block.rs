@@ -250,3 +250,54 @@ done"#,
     }
     announce(&format!("figure: {ROUNDS} of {ROUNDS} kills left a file system that its journal mends"));
 }
+
+/// Makes an EROFS file of a directory.
+fn erofs(directory: &Path, to: &Path) {
+    let (from, to) = (directory.to_str().unwrap(), to.to_str().unwrap());
+    tool("mkfs.erofs", &["-T", "0", to, from]);
+}
+
+#[test]
+fn guest_mounts_the_partitions_of_a_composed_disk() {
+    const PARTS: usize = 120;
+    let Some(linux) = linux() else { return };
+    if !has_tool("mkfs.erofs") {
+        return;
+    }
+    for io in ["uring", "sync"] {
+        let directory = directory();
+        let layer = directory.path().join("layer");
+        let mut parts = vec![];
+        for index in 0..PARTS {
+            let path = directory.path().join(format!("{index}.erofs"));
+            std::fs::create_dir_all(&layer).unwrap();
+            // Lengths that are no multiple of a block, and files that are read across several requests.
+            let bytes: Vec<u8> = (0..index * 5000).map(|at| (at % 251 + index) as u8).collect();
+            std::fs::write(layer.join("data"), &bytes).unwrap();
+            std::fs::write(layer.join("number"), index.to_string()).unwrap();
+            erofs(&layer, &path);
+            parts.push(serde_json::json!({ "path": path.file_name().unwrap().to_str(), "name": format!("sha256:{index:04}") }));
+        }
+        let last = tool("md5sum", &[layer.join("data").to_str().unwrap()]);
+        let list = directory.path().join("layers.json");
+        std::fs::write(&list, serde_json::json!({ "parts": parts }).to_string()).unwrap();
+        let script = Script::new(
+            r#"
+report partitions $(ls -d /sys/block/vdc/vdc* | wc -l)
+report name $(sed -n s/PARTNAME=//p /sys/block/vdc/vdc120/uevent)
+report readonly $(cat /sys/block/vdc/ro)
+mkdir /tmp/a /tmp/b
+mount -t erofs /dev/vdc1 /tmp/a; report first $(cat /tmp/a/number)
+mount -t erofs /dev/vdc120 /tmp/b; report last $(cat /tmp/b/number)
+report sum $(md5sum </tmp/b/data | cut -d ' ' -f 1)
+dd if=/dev/zero of=/dev/vdc bs=512 count=1 2>/dev/null; report written $?
+dmesg | grep -i 'i/o error\|gpt:\|alternate'
+report quiet $?"#,
+        );
+        let place = format!("parts={},id=layers,io={io}", list.display());
+        let outcome = script.on(linux.monitor()).args(["--disk", &place]).run_within(LINUX_PATIENCE + WORK);
+        outcome.exits(0).reports("partitions", "120").reports("name", "sha256:0119").reports("readonly", "1");
+        outcome.reports("first", "0").reports("last", "119").reports("written", "1").reports("quiet", "1");
+        outcome.reports("sum", last.split(' ').next().unwrap());
+    }
+}

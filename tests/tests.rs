@@ -13,6 +13,7 @@ mod fs;
 mod linux;
 mod nested_host;
 mod net;
+mod network;
 mod resets;
 mod rng;
 mod support;

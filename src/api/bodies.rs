@@ -299,8 +299,8 @@ impl<'a> FullVmConfiguration<'a> {
                 DiskCache::Writeback => "Writeback",
                 DiskCache::Unsafe => "Unsafe",
             },
-            is_read_only: disk.readonly,
-            path_on_host: &disk.path,
+            is_read_only: disk.is_read_only(),
+            path_on_host: disk.file(),
             rate_limiter: RateLimiter::new(disk.limits),
             io_engine: match disk.io {
                 DiskIo::Auto | DiskIo::Uring => "Async",

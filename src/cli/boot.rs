@@ -62,6 +62,9 @@ pub struct BootArguments {
     #[arg(long, value_name = "PATH[,…]")]
     rootfs: Option<Disk>,
     /// A further disk, with the same options as --rootfs; may be repeated
+    ///
+    /// parts=LIST[,…] makes a read-only disk whose partitions are files: LIST is JSON, {"parts": [{"path": FILE, "name":
+    /// NAME}, …]}
     #[arg(long, value_name = "PATH[,…]")]
     disk: Vec<Disk>,
     /// A network device on a tap, which is made if it does not exist; may be repeated

@@ -2,3 +2,7 @@
 
 pub mod backend;
 pub mod config;
+pub mod network;
+mod store;
+
+pub use store::Error as StoreError;

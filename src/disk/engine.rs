@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use super::task::Task;
@@ -33,7 +33,7 @@ pub struct Engine<T> {
 }
 
 enum Backend<T> {
-    Sync,
+    Sync(Vec<RawFd>),
     Uring(Box<Ring<T>>),
 }
 
@@ -42,13 +42,13 @@ impl<T> Engine<T> {
     pub fn new(image: Arc<Image>, depth: u16, durability: Durability) -> io::Result<Self> {
         let options = image.options();
         let backend = match options.io {
-            Io::Sync => Backend::Sync,
-            Io::Uring => Backend::Uring(Box::new(Ring::new(image.file.as_raw_fd(), depth)?)),
-            Io::Auto => match Ring::new(image.file.as_raw_fd(), depth) {
+            Io::Sync => Backend::Sync(image.descriptors()),
+            Io::Uring => Backend::Uring(Box::new(Ring::new(image.descriptors(), depth)?)),
+            Io::Auto => match Ring::new(image.descriptors(), depth) {
                 Ok(ring) => Backend::Uring(Box::new(ring)),
                 Err(error) => {
                     tracing::debug!(%error, "no io_uring on this host, using system calls that wait");
-                    Backend::Sync
+                    Backend::Sync(image.descriptors())
                 }
             },
         };
@@ -65,7 +65,7 @@ impl<T> Engine<T> {
     /// Becomes readable when there may be something to [`Self::reap`] after [`Self::commit`].
     pub fn fd(&self) -> Option<RawFd> {
         match &self.backend {
-            Backend::Sync => None,
+            Backend::Sync(_) => None,
             Backend::Uring(ring) => Some(ring.fd()),
         }
     }
@@ -73,7 +73,7 @@ impl<T> Engine<T> {
     /// Whether another operation may be started.
     pub fn has_room(&self) -> bool {
         match &self.backend {
-            Backend::Sync => self.finished.len() < SYNC_BATCH,
+            Backend::Sync(_) => self.finished.len() < SYNC_BATCH,
             Backend::Uring(ring) => ring.has_room(),
         }
     }
@@ -82,7 +82,7 @@ impl<T> Engine<T> {
     pub fn in_flight(&self) -> usize {
         self.finished.len()
             + match &self.backend {
-                Backend::Sync => 0,
+                Backend::Sync(_) => 0,
                 Backend::Uring(ring) => ring.in_flight(),
             }
     }
@@ -94,10 +94,10 @@ impl<T> Engine<T> {
             self.finished.push_back((payload, Ok(())));
             return;
         }
-        let mut task = Task::new(operation, self.durable, self.image.block_device);
+        let mut task = Task::new(operation, self.durable, self.image.target());
         match &mut self.backend {
-            Backend::Sync => {
-                let result = sync::run(self.image.file.as_raw_fd(), &mut task);
+            Backend::Sync(fds) => {
+                let result = sync::run(fds, &mut task);
                 self.finished.push_back((payload, result));
             }
             Backend::Uring(ring) => ring.start(task, payload, &mut self.finished),

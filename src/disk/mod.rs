@@ -2,8 +2,11 @@
 //!
 //! An [`Image`] is a raw file or a block device. It is opened and locked once, while the machine is built; an engine
 //! is made from it when the guest's driver starts, since a ring costs time and memory that an unused disk should not.
+//! An image can also be composed of several files that are only read: see [`Part`] and [`open_parts`].
 
+mod composed;
 mod engine;
+mod gpt;
 mod lock;
 mod sync;
 mod task;
@@ -11,7 +14,7 @@ mod uring;
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,6 +22,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde::{Deserialize, Serialize};
 
+use task::Target;
+
+pub(crate) use composed::check as check_parts;
+pub use composed::{MAX_PARTS, Part, PartError, PartList, open_parts};
 pub use engine::{Durability, Engine};
 pub use task::{Buffers, Operation};
 
@@ -117,6 +124,9 @@ pub enum Error {
         /// Process that holds the lock, where the host tells.
         holder: Option<u32>,
     },
+    /// A composed disk cannot be made of its parts.
+    #[error(transparent)]
+    Parts(#[from] PartError),
     /// The host failed otherwise.
     #[error("cannot {what} disk image {path}")]
     Host {
@@ -137,9 +147,10 @@ fn holder_text(holder: Option<u32>) -> String {
 /// An opened and locked image. The lock is held until the last user of the image is gone.
 #[derive(Debug)]
 pub struct Image {
-    file: File,
+    /// One, or those of a composed image.
+    files: Vec<File>,
+    target: Target,
     size_bytes: AtomicU64,
-    block_device: bool,
     options: Options,
 }
 
@@ -149,20 +160,34 @@ impl Image {
         self.size_bytes.load(Ordering::Acquire)
     }
 
-    /// Whether `path` names the file that this image is in.
+    /// Whether `path` names the file that this image is in. A composed image is in no single file.
     pub fn is_at(&self, path: &Path) -> bool {
         let numbers = |metadata: Metadata| (metadata.dev(), metadata.ino());
-        match (self.file.metadata(), path.metadata()) {
-            (Ok(here), Ok(there)) => numbers(here) == numbers(there),
+        match (self.single().map(File::metadata), path.metadata()) {
+            (Some(Ok(here)), Ok(there)) => numbers(here) == numbers(there),
             _ => false,
         }
     }
 
-    /// Takes the size of the image, which is at `path`, anew.
+    /// Takes the size of the image, which is at `path`, anew. That of a composed image stays.
     pub fn measure_again(&self, path: &Path) -> Result<(), Error> {
-        let size_bytes = measure(&self.file, self.block_device, path)?;
-        self.size_bytes.store(size_bytes, Ordering::Release);
+        if let Some(file) = self.single() {
+            let size_bytes = measure(file, matches!(self.target, Target::BlockDevice), path)?;
+            self.size_bytes.store(whole_sectors(size_bytes, path)?, Ordering::Release);
+        }
         Ok(())
+    }
+
+    fn single(&self) -> Option<&File> {
+        if matches!(self.target, Target::Composed(_)) { None } else { self.files.first() }
+    }
+
+    fn descriptors(&self) -> Vec<RawFd> {
+        self.files.iter().map(AsRawFd::as_raw_fd).collect()
+    }
+
+    fn target(&self) -> Target {
+        self.target.clone()
     }
 
     /// How the image was opened.
@@ -174,16 +199,30 @@ impl Image {
 impl Drop for Image {
     fn drop(&mut self) {
         // An io_uring that was closed lets go of the file some time later; the lock need not wait for that.
-        lock::release(&self.file);
+        self.files.iter().for_each(lock::release);
     }
 }
 
 /// Opens and locks the image at `path`: for this process alone, or together with other readers if it is read-only.
 pub fn open(path: &Path, options: &Options) -> Result<Image, Error> {
+    let opened = open_locked(path, options.read_only)?;
+    let size_bytes = whole_sectors(opened.size_bytes, path)?.into();
+    let target = if opened.block_device { Target::BlockDevice } else { Target::File };
+    Ok(Image { files: vec![opened.file], target, size_bytes, options: *options })
+}
+
+/// A file that is not empty, opened and locked.
+struct Opened {
+    file: File,
+    size_bytes: u64,
+    block_device: bool,
+}
+
+fn open_locked(path: &Path, read_only: bool) -> Result<Opened, Error> {
     let owned = || path.to_path_buf();
     let host = |what| move |source| Error::Host { what, path: path.to_path_buf(), source };
 
-    let file = open_file(path, options.read_only)?;
+    let file = open_file(path, read_only)?;
     let metadata = file.metadata().map_err(host("look at"))?;
     let kind = metadata.file_type();
     if !kind.is_file() && !kind.is_block_device() {
@@ -193,30 +232,31 @@ pub fn open(path: &Path, options: &Options) -> Result<Image, Error> {
     fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).map_err(|errno| host("set up")(errno.into()))?;
 
     let numbers = (metadata.dev(), metadata.ino());
-    lock::acquire(&file, options.read_only, numbers)
+    lock::acquire(&file, read_only, numbers)
         .map_err(host("lock"))?
         .map_err(|lock::Held(holder)| Error::Locked { path: owned(), holder })?;
     let block_device = kind.is_block_device();
-    let size_bytes = measure(&file, block_device, path)?.into();
-    Ok(Image { file, size_bytes, block_device, options: *options })
+    let size_bytes = measure(&file, block_device, path)?;
+    Ok(Opened { file, size_bytes, block_device })
 }
 
-/// The size of an image, which must be whole sectors.
+/// The size of an image's file, which must not be empty.
 fn measure(file: &File, block_device: bool, path: &Path) -> Result<u64, Error> {
-    let owned = || path.to_path_buf();
     let host = |what| move |source| Error::Host { what, path: path.to_path_buf(), source };
     let size_bytes = if block_device {
         sync::block_device_size(file.as_raw_fd()).map_err(host("find the size of"))?
     } else {
         file.metadata().map_err(host("look at"))?.len()
     };
-    if size_bytes == 0 {
-        return Err(Error::Empty { path: owned() });
+    if size_bytes == 0 { Err(Error::Empty { path: path.to_path_buf() }) } else { Ok(size_bytes) }
+}
+
+fn whole_sectors(size_bytes: u64, path: &Path) -> Result<u64, Error> {
+    if size_bytes.is_multiple_of(SECTOR_BYTES) {
+        Ok(size_bytes)
+    } else {
+        Err(Error::PartialSector { path: path.to_path_buf(), size_bytes })
     }
-    if !size_bytes.is_multiple_of(SECTOR_BYTES) {
-        return Err(Error::PartialSector { path: owned(), size_bytes });
-    }
-    Ok(size_bytes)
 }
 
 fn open_file(path: &Path, read_only: bool) -> Result<File, Error> {

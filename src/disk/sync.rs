@@ -6,23 +6,27 @@ use std::os::fd::RawFd;
 
 use super::task::{Call, Next, Task};
 
-/// Carries out the whole of `task` on `fd`.
-pub(super) fn run(fd: RawFd, task: &mut Task) -> io::Result<()> {
+/// Carries out the whole of `task` on an image with these descriptors.
+pub(super) fn run(fds: &[RawFd], task: &mut Task) -> io::Result<()> {
     loop {
-        if let Next::Done(result) = task.finished(call(fd, task.call())) {
+        if let Next::Done(result) = task.finished(call(fds, task.call())) {
             return result;
         }
     }
 }
 
 /// Makes one system call; the result is the number of bytes that were transferred.
-pub(super) fn call(fd: RawFd, call: Call) -> io::Result<usize> {
+pub(super) fn call(fds: &[RawFd], call: Call) -> io::Result<usize> {
+    let file = if let Call::Read { file, .. } = call { file } else { 0 };
+    let fd = *fds.get(file as usize).ok_or(io::ErrorKind::InvalidInput)?;
     // SAFETY: the pointers and counts describe iovecs of a task that the caller borrows for the length of the call,
     // and the memory that they name stays mapped and unreferenced as `Buffers::push` demands; the other calls take
     // plain numbers or a pointer to a local array.
     let result = unsafe {
         match call {
-            Call::Read { iovecs, count, offset } => libc::preadv(fd, iovecs, count as i32, signed(offset)?),
+            Call::Read { iovecs, count, offset, .. } => {
+                libc::preadv(fd, iovecs, count as i32, signed(offset)?)
+            }
             Call::Write { iovecs, count, offset, durable: false } => {
                 libc::pwritev(fd, iovecs, count as i32, signed(offset)?)
             }

@@ -5,6 +5,9 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::sync::Arc;
+
+use super::composed::{Layout, Piece};
 
 /// What to do with an image. Offsets and lengths are bytes inside the image.
 #[derive(Debug)]
@@ -85,6 +88,21 @@ impl Buffers {
         &rest[..rest.len().min(libc::UIO_MAXIOV as usize)]
     }
 
+    /// The first `limit` bytes of [`Self::window`], or as many as it has.
+    fn first(&self, limit: u64) -> Vec<libc::iovec> {
+        let mut rest = usize::try_from(limit).unwrap_or(usize::MAX);
+        let mut first = Vec::new();
+        for iovec in self.window() {
+            if rest == 0 {
+                break;
+            }
+            let part = libc::iovec { iov_len: iovec.iov_len.min(rest), ..*iovec };
+            rest -= part.iov_len;
+            first.push(part);
+        }
+        first
+    }
+
     /// Takes `done` bytes off the front.
     fn advance(&mut self, mut done: usize) {
         self.len = self.len.saturating_sub(done as u64);
@@ -100,11 +118,11 @@ impl Buffers {
     }
 }
 
-/// A system call on the image's descriptor. Pointers stay valid until the task is told the result or dropped.
+/// A system call on the image's descriptor, or, for reads, on one of its descriptors. Pointers stay valid until the task is told the result or dropped.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Call {
     /// preadv
-    Read { iovecs: *const libc::iovec, count: u32, offset: u64 },
+    Read { file: u32, iovecs: *const libc::iovec, count: u32, offset: u64 },
     /// pwritev2, with `RWF_DSYNC` if `durable`
     Write { iovecs: *const libc::iovec, count: u32, offset: u64, durable: bool },
     /// fdatasync
@@ -140,9 +158,26 @@ pub(super) struct Task {
     phase: Phase,
     /// A change is durable before the operation is over.
     durable: bool,
-    block_device: bool,
+    target: Target,
     again: u8,
+    /// The piece that is read from next, and what it fills of the buffers if that is not all of them.
+    piece: Piece,
+    part: Vec<libc::iovec>,
 }
+
+/// What is behind an image.
+#[derive(Clone, Debug)]
+pub(super) enum Target {
+    /// A raw file.
+    File,
+    /// A block device.
+    BlockDevice,
+    /// Several files, which are only read.
+    Composed(Arc<Layout>),
+}
+
+// SAFETY: as for `Buffers`, whose copies the iovecs in `part` are.
+unsafe impl Send for Task {}
 
 /// `EAGAIN` comes from old kernels that cannot start buffered I/O without waiting; asking again helps, or nothing does.
 const MAX_AGAIN: u8 = 16;
@@ -155,8 +190,27 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 const ZERO_RANGES: usize = 16;
 
 impl Task {
-    pub(super) fn new(operation: Operation, durable: bool, block_device: bool) -> Self {
-        Self { operation, phase: Phase::Main, durable, block_device, again: 0 }
+    pub(super) fn new(operation: Operation, durable: bool, target: Target) -> Self {
+        let (phase, piece) = (Phase::Main, Piece::default());
+        let mut task = Self { operation, phase, durable, target, again: 0, piece, part: Vec::new() };
+        task.find_piece();
+        task
+    }
+
+    /// Finds out which file of a composed image the next read goes to. A range outside of the image finds an empty
+    /// piece, so that the host reads nothing and the operation fails.
+    fn find_piece(&mut self) {
+        let Operation::Read { offset, buffers } = &self.operation else { return };
+        match &self.target {
+            Target::Composed(layout) => {
+                self.piece = layout.piece(*offset);
+                let whole = self.piece.len >= buffers.len();
+                self.part = if whole { Vec::new() } else { buffers.first(self.piece.len) };
+            }
+            Target::File | Target::BlockDevice => {
+                self.piece = Piece { file: 0, offset: *offset, len: u64::MAX }
+            }
+        }
     }
 
     /// The system call to make next.
@@ -166,12 +220,13 @@ impl Task {
             (Phase::ZeroFill(buffers), Operation::WriteZeroes { offset, .. }) => {
                 write_call(*offset, buffers, self.durable)
             }
-            (_, Operation::Read { offset, buffers }) => {
-                let window = buffers.window();
-                Call::Read { iovecs: window.as_ptr(), count: window.len() as u32, offset: *offset }
+            (_, Operation::Read { buffers, .. }) => {
+                let Piece { file, offset, len } = self.piece;
+                let window = if len >= buffers.len() { buffers.window() } else { self.part.as_slice() };
+                Call::Read { file, iovecs: window.as_ptr(), count: window.len() as u32, offset }
             }
             (_, Operation::Write { offset, buffers }) => write_call(*offset, buffers, self.durable),
-            (_, Operation::Discard { offset, len }) if self.block_device => {
+            (_, Operation::Discard { offset, len }) if matches!(self.target, Target::BlockDevice) => {
                 Call::DiscardBlocks { offset: *offset, len: *len }
             }
             (_, Operation::Discard { offset, len }) => {
@@ -207,7 +262,11 @@ impl Task {
             (_, Operation::Read { offset, buffers }) => {
                 *offset = offset.saturating_add(done as u64);
                 // The image became shorter than it was when it was opened.
-                transferred(buffers, done, io::ErrorKind::UnexpectedEof)
+                let next = transferred(buffers, done, io::ErrorKind::UnexpectedEof);
+                if matches!(next, Next::Continue) {
+                    self.find_piece();
+                }
+                next
             }
             (_, Operation::Write { offset, buffers }) => {
                 *offset = offset.saturating_add(done as u64);
@@ -288,9 +347,11 @@ mod tests {
     #[test]
     fn short_read_continues_where_it_stopped() {
         let mut task =
-            Task::new(Operation::Read { offset: 512, buffers: buffers(&[100, 0, 300]) }, false, false);
+            Task::new(Operation::Read { offset: 512, buffers: buffers(&[100, 0, 300]) }, false, Target::File);
         assert!(matches!(task.finished(Ok(150)), Next::Continue));
-        let Call::Read { iovecs, count: 1, offset: 662 } = task.call() else { panic!("{:?}", task.call()) };
+        let Call::Read { file: 0, iovecs, count: 1, offset: 662 } = task.call() else {
+            panic!("{:?}", task.call())
+        };
         // SAFETY: the pointer leads to the task's own iovec.
         let iovec = unsafe { *iovecs };
         assert_eq!((iovec.iov_base as usize, iovec.iov_len), (0x1032, 250));
@@ -300,17 +361,22 @@ mod tests {
 
     #[test]
     fn end_of_file_is_an_error() {
-        let mut task = Task::new(Operation::Read { offset: 0, buffers: buffers(&[100]) }, false, false);
+        let mut task =
+            Task::new(Operation::Read { offset: 0, buffers: buffers(&[100]) }, false, Target::File);
         assert!(matches!(task.finished(Ok(0)), Next::Done(Err(_))));
-        let mut task = Task::new(Operation::Write { offset: 0, buffers: buffers(&[100]) }, false, false);
+        let mut task =
+            Task::new(Operation::Write { offset: 0, buffers: buffers(&[100]) }, false, Target::File);
         assert!(matches!(task.finished(error(libc::ENOSPC)), Next::Done(Err(_))));
     }
 
     #[test]
     fn many_ranges_are_split_at_the_hosts_limit() {
         let limit = libc::UIO_MAXIOV as usize;
-        let mut task =
-            Task::new(Operation::Write { offset: 0, buffers: buffers(&vec![1; limit + 3]) }, false, false);
+        let mut task = Task::new(
+            Operation::Write { offset: 0, buffers: buffers(&vec![1; limit + 3]) },
+            false,
+            Target::File,
+        );
         assert!(matches!(task.call(), Call::Write { count, .. } if count as usize == limit));
         assert!(matches!(task.finished(Ok(limit)), Next::Continue));
         assert!(matches!(task.call(), Call::Write { count: 3, .. }));
@@ -320,7 +386,8 @@ mod tests {
     #[test]
     fn zeroes_are_written_where_the_host_cannot_zero() {
         let len = (3 << 20) + 512;
-        let mut task = Task::new(Operation::WriteZeroes { offset: 512, len, unmap: true }, false, false);
+        let mut task =
+            Task::new(Operation::WriteZeroes { offset: 512, len, unmap: true }, false, Target::File);
         assert!(matches!(task.call(), Call::Allocate { mode: PUNCH, offset: 512, .. }));
         assert!(matches!(task.finished(error(libc::EOPNOTSUPP)), Next::Continue));
         let (mut at, end) = (512, 512 + len as usize);
@@ -339,7 +406,7 @@ mod tests {
 
     #[test]
     fn durable_discard_ends_with_a_sync() {
-        let mut task = Task::new(Operation::Discard { offset: 0, len: 512 }, true, false);
+        let mut task = Task::new(Operation::Discard { offset: 0, len: 512 }, true, Target::File);
         assert!(matches!(task.finished(Ok(0)), Next::Continue));
         assert!(matches!(task.call(), Call::Sync));
         assert!(matches!(task.finished(Ok(0)), Next::Done(Ok(()))));
@@ -347,7 +414,7 @@ mod tests {
 
     #[test]
     fn again_is_asked_a_limited_number_of_times() {
-        let mut task = Task::new(Operation::Flush, false, false);
+        let mut task = Task::new(Operation::Flush, false, Target::File);
         let tries =
             (0..1000).take_while(|_| matches!(task.finished(error(libc::EAGAIN)), Next::Continue)).count();
         assert_eq!(tries, usize::from(MAX_AGAIN));
@@ -355,7 +422,7 @@ mod tests {
 
     #[test]
     fn discard_that_the_host_lacks_is_unsupported() {
-        let mut task = Task::new(Operation::Discard { offset: 0, len: 512 }, true, false);
+        let mut task = Task::new(Operation::Discard { offset: 0, len: 512 }, true, Target::File);
         let Next::Done(Err(error)) = task.finished(error(libc::EOPNOTSUPP)) else { panic!() };
         assert_eq!(error.kind(), io::ErrorKind::Unsupported);
     }

@@ -1,4 +1,4 @@
-//! Tasks carried out through an io_uring with the image as its one registered file.
+//! Tasks carried out through an io_uring with the image's files, mostly one, registered.
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -11,7 +11,7 @@ use io_uring::{IoUring, Probe, opcode, squeue, types};
 use super::sync;
 use super::task::{Call, Next, Task};
 
-/// The registered file.
+/// The first registered file, which is the only one of an image that is written.
 const IMAGE: types::Fixed = types::Fixed(0);
 /// `user_data` of a cancellation; a task has its slot's number.
 const CANCEL: u64 = u64::MAX;
@@ -23,7 +23,7 @@ struct Slot<T> {
 
 pub(super) struct Ring<T> {
     ring: IoUring,
-    fd: RawFd,
+    fds: Vec<RawFd>,
     slots: Vec<Option<Slot<T>>>,
     free: Vec<u16>,
 }
@@ -31,8 +31,8 @@ pub(super) struct Ring<T> {
 type Finished<T> = VecDeque<(T, io::Result<()>)>;
 
 impl<T> Ring<T> {
-    /// A ring for `depth` tasks on the image that is open as `image`, which must stay open as long as the ring lives.
-    pub(super) fn new(image: RawFd, depth: u16) -> io::Result<Self> {
+    /// A ring for `depth` tasks on the image that is open as `fds`, which must stay open as long as the ring lives.
+    pub(super) fn new(fds: Vec<RawFd>, depth: u16) -> io::Result<Self> {
         let depth = depth.max(1);
         let ring = IoUring::new(depth.into())?;
         let mut probe = Probe::new();
@@ -42,13 +42,8 @@ impl<T> Ring<T> {
         if !wanted.iter().all(|code| probe.is_supported(*code)) {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        ring.submitter().register_files(&[image])?;
-        Ok(Self {
-            ring,
-            fd: image,
-            slots: (0..depth).map(|_| None).collect(),
-            free: (0..depth).rev().collect(),
-        })
+        ring.submitter().register_files(&fds)?;
+        Ok(Self { ring, fds, slots: (0..depth).map(|_| None).collect(), free: (0..depth).rev().collect() })
     }
 
     pub(super) fn fd(&self) -> RawFd {
@@ -82,7 +77,7 @@ impl<T> Ring<T> {
                 self.push(&entry.user_data(index.into()));
                 return;
             }
-            if let Next::Done(result) = slot.task.finished(sync::call(self.fd, call)) {
+            if let Next::Done(result) = slot.task.finished(sync::call(&self.fds, call)) {
                 return self.retire(index, result, finished);
             }
         }
@@ -162,8 +157,8 @@ impl<T> Drop for Ring<T> {
 
 fn entry(call: Call) -> Option<squeue::Entry> {
     Some(match call {
-        Call::Read { iovecs, count, offset } => {
-            opcode::Readv::new(IMAGE, iovecs, count).offset(offset).build()
+        Call::Read { file, iovecs, count, offset } => {
+            opcode::Readv::new(types::Fixed(file), iovecs, count).offset(offset).build()
         }
         Call::Write { iovecs, count, offset, durable } => opcode::Writev::new(IMAGE, iovecs, count)
             .offset(offset)

@@ -276,7 +276,7 @@ fn command_line(config: &VmConfig, quirks: bool) -> Result<Cmdline, Error> {
     additions.extend(["reboot=k".into(), "panic=-1".into(), "pci=off".into()]);
     if let Some(root) = &config.rootfs {
         additions.push("root=/dev/vda".into());
-        additions.push(if root.readonly { "ro" } else { "rw" }.into());
+        additions.push(if root.is_read_only() { "ro" } else { "rw" }.into());
     }
     if quirks {
         for addition in pvm::cmdline_additions() {

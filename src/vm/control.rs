@@ -318,7 +318,7 @@ impl Controlled {
             disk.handle.set_image(disk::open(&path, &image.options())?);
         }
         if let Some(disk) = self.config.all_disks_mut().nth(index) {
-            disk.path = path;
+            disk.set_path(path);
         }
         Ok(index)
     }

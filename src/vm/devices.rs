@@ -133,11 +133,22 @@ fn balloon_options(balloon: &config::Balloon) -> BalloonOptions {
 }
 
 fn open_disk(config: &VmConfig, index: usize, disk: &config::Disk) -> Result<Block, Error> {
-    let options = disk::Options { read_only: disk.readonly, cache: disk.cache, io: disk.io };
-    let image = disk::open(&disk.path, &options)?;
+    let options = disk::Options { read_only: disk.is_read_only(), cache: disk.cache, io: disk.io };
+    let image = open_image(disk, &options)?;
     let queues = disk.queues.unwrap_or(config.cpus.min(DEFAULT_DISK_QUEUES) as u16);
     let serial = VmConfig::disk_id(index, disk);
     Ok(Block::new(image, &BlockOptions { serial, queues, limits: disk.limits, ..BlockOptions::default() }))
+}
+
+fn open_image(disk: &config::Disk, options: &disk::Options) -> Result<disk::Image, disk::Error> {
+    let listed = disk.parts_file.as_deref().map(disk::PartList::read).transpose()?;
+    let parts = listed.as_ref().map_or(&disk.parts, |list| &list.parts);
+    if disk.parts_file.is_none() && parts.is_empty() {
+        return disk::open(&disk.path, options);
+    }
+    // Each part has a descriptor.
+    raise_descriptor_limit();
+    disk::open_parts(parts, options)
 }
 
 fn open_net(net: &config::Net) -> Result<Net, Error> {
@@ -187,7 +198,8 @@ fn open_share(share: &config::Share) -> Result<(fileserver::Process, Fs), Error>
     Ok((process, device))
 }
 
-/// Each vsock connection has a descriptor, and the usual soft limit is less than there may be connections.
+/// Each vsock connection has a descriptor, as each part of a composed disk has, and the usual soft limit is less than
+/// there may be.
 fn raise_descriptor_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));

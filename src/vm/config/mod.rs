@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::disk::{Cache as DiskCache, Io as DiskIo};
+pub use crate::disk::{Cache as DiskCache, Io as DiskIo, Part as DiskPart};
 
 use crate::boot::BootProtocol;
 use crate::memory;
@@ -69,6 +69,12 @@ pub enum Error {
         /// What was asked for.
         id: String,
     },
+    /// A disk that is nowhere, or in several places.
+    #[error("disk {0}: give it either a path, or parts, or a parts-file")]
+    DiskPlace(String),
+    /// Files that make no disk.
+    #[error("{0}")]
+    DiskParts(String),
     /// Two disks have one id.
     #[error("two disks have the id {0:?}")]
     DuplicateDiskId(String),

@@ -1,0 +1,178 @@
+//! Networks of containers, natively and in microVMs: made once, by netavark, in a network namespace that either is in.
+//!
+//! [`Networks`] holds what networks there are (files below `networks` of the data directory) and who is on them (files
+//! below `networks` of the run-time directory). A container's part is connected by [`Networks::setup`] and taken away by
+//! [`Networks::teardown`]; a microVM is plugged into the same namespace by [`plug_tap`].
+
+mod attach;
+mod definition;
+mod error;
+mod files;
+mod firewall;
+mod netavark;
+mod netlink;
+pub mod netns;
+mod plug;
+mod ports;
+mod state;
+mod status;
+mod subnet;
+
+use std::path::{Path, PathBuf};
+
+pub use attach::{Attachment, Request, Starting};
+pub use definition::{CreateOptions, DEFAULT_NETWORK, Definition, Driver, Subnet};
+pub use error::Error;
+pub use files::{host_resolv_conf, hosts, resolv_conf};
+pub use plug::{TapPlug, plug_tap, unplug_tap};
+pub use ports::PortLocks;
+pub use status::{Interface, Status};
+
+use self::definition::Definitions;
+use self::state::{Records, State};
+use super::config::{Isolation, Network, NetworkMode};
+use super::store;
+
+/// All networks of a host.
+#[derive(Clone, Debug)]
+pub struct Networks {
+    data: PathBuf,
+    run: PathBuf,
+}
+
+impl Networks {
+    /// The networks of these two roots: what stays, and what is gone after a reboot.
+    pub fn new(data_root: &Path, run_root: &Path) -> Networks {
+        Networks { data: data_root.join("networks"), run: run_root.join("networks") }
+    }
+
+    fn run_directory(&self) -> &Path {
+        &self.run
+    }
+
+    fn definitions(&self) -> Definitions {
+        Definitions(self.data.clone())
+    }
+
+    fn records(&self) -> Records {
+        Records(self.run.join("attached"))
+    }
+
+    fn state_path(&self) -> PathBuf {
+        self.run.join("state.json")
+    }
+
+    /// Whether there has been a container on a network since the host was started.
+    fn exists(&self) -> bool {
+        self.run.is_dir()
+    }
+
+    /// One at a time may change networks, as netavark demands.
+    fn lock(&self) -> Result<store::Lock, Error> {
+        store::make_directory(&self.run)?;
+        let lock = store::lock(&self.run.join("lock"))?;
+        netavark::wait_for_orphan(&self.run)?;
+        Ok(lock)
+    }
+
+    /// All networks by name, the default one among them whether it was used yet or not.
+    pub fn list(&self) -> Result<Vec<Definition>, Error> {
+        self.definitions().all()
+    }
+
+    /// The network of that name, or whose id begins so; the default one is made.
+    pub fn get(&self, name: &str) -> Result<Definition, Error> {
+        if name == DEFAULT_NETWORK {
+            let _lock = self.lock()?;
+            return self.default_network_locked();
+        }
+        self.definitions().find(name)
+    }
+
+    fn default_network_locked(&self) -> Result<Definition, Error> {
+        if let Some(found) = self.definitions().get(DEFAULT_NETWORK)? {
+            return Ok(found);
+        }
+        let name = DEFAULT_NETWORK.to_owned();
+        self.definitions().create(&CreateOptions { name, ..CreateOptions::default() })
+    }
+
+    /// Makes a network. Nothing happens on the host before a container is on it.
+    pub fn create(&self, options: &CreateOptions) -> Result<Definition, Error> {
+        let _lock = self.lock()?;
+        self.definitions().create(options)
+    }
+
+    /// Forgets a network that no container is on; returns its name.
+    pub fn remove(&self, name: &str) -> Result<String, Error> {
+        if name == DEFAULT_NETWORK {
+            return Err(Error::Reserved(name.into()));
+        }
+        let _lock = self.lock()?;
+        let network = self.definitions().find(name)?.name;
+        let users = self.users(&network)?;
+        if !users.is_empty() {
+            return Err(Error::InUse { network, users: users.into_iter().map(|(_, name)| name).collect() });
+        }
+        self.remove_locked(&network)?;
+        Ok(network)
+    }
+
+    /// Forgets all networks but the default one that no container is on, and that `is_wanted` does not keep; returns
+    /// their names.
+    pub fn prune(&self, is_wanted: impl Fn(&Definition) -> bool) -> Result<Vec<String>, Error> {
+        let _lock = self.lock()?;
+        let mut removed = vec![];
+        for network in self.definitions().all()? {
+            if network.name != DEFAULT_NETWORK
+                && !is_wanted(&network)
+                && self.users(&network.name)?.is_empty()
+            {
+                self.remove_locked(&network.name)?;
+                removed.push(network.name);
+            }
+        }
+        Ok(removed)
+    }
+
+    fn remove_locked(&self, name: &str) -> Result<(), Error> {
+        self.definitions().remove(name)?;
+        let mut state = State::read(&self.state_path())?;
+        state.forget(name);
+        state.write(&self.state_path())
+    }
+
+    /// Ids and names of the containers that are on a network now.
+    pub fn users(&self, network: &str) -> Result<Vec<(String, String)>, Error> {
+        let records = self.records().all()?;
+        let on = records.into_iter().filter(|record| record.input.networks.contains_key(network));
+        Ok(on.map(|record| (record.id, record.name)).collect())
+    }
+}
+
+/// Refuses what goes together with no mode, or not with this isolation.
+pub fn check(network: &Network, isolation: Isolation) -> Result<(), Error> {
+    let refuse = |reason: &str| Err(Error::Mode(reason.into()));
+    match &network.mode {
+        NetworkMode::Host if isolation == Isolation::Microvm => refuse(
+            "a microVM has a kernel of its own, and cannot share the host's network; publish ports instead, or use \
+             --isolation native",
+        ),
+        NetworkMode::Host if !network.ports.is_empty() => {
+            refuse("ports cannot be published with the host's network: the container has all of them already")
+        }
+        NetworkMode::None if !network.ports.is_empty() => {
+            refuse("ports cannot be published without a network")
+        }
+        NetworkMode::Container(_) if !network.ports.is_empty() => refuse(
+            "ports cannot be published in another container's network: publish them with that container",
+        ),
+        NetworkMode::Container(_) if !network.dns.is_empty() || !network.hosts.is_empty() => {
+            refuse("a container in another one's network has the other's names: give them to that container")
+        }
+        NetworkMode::Networks(joins) if joins.is_empty() => {
+            refuse("a container on networks names one at least")
+        }
+        _ => Ok(()),
+    }
+}
