@@ -1,8 +1,21 @@
 //! Containers: one image and one configuration, natively or in a microVM.
 
 pub mod backend;
+pub mod client;
 pub mod config;
+mod files;
+mod fork;
+pub mod life;
+pub mod log;
 pub mod network;
+pub mod prepare;
+pub mod records;
+pub mod roots;
+pub mod signal;
+pub mod spec;
+pub mod state;
 mod store;
+pub mod supervisor;
+pub mod time;
 
 pub use store::Error as StoreError;
