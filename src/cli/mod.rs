@@ -5,8 +5,11 @@ mod completions;
 mod doctor;
 mod file_server;
 mod hint;
+mod listing;
 mod logging;
 mod man;
+pub mod network;
+pub mod volume;
 
 use std::process::ExitCode;
 

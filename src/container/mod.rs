@@ -3,5 +3,6 @@
 pub mod config;
 pub mod network;
 mod store;
+pub mod volume;
 
 pub use store::Error as StoreError;
