@@ -6,8 +6,11 @@ mod doctor;
 mod engine_program;
 mod file_server;
 mod hint;
+mod listing;
 mod logging;
 mod man;
+pub mod network;
+pub mod volume;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -7,6 +7,7 @@ mod files;
 mod fork;
 pub mod life;
 pub mod log;
+pub mod microvm;
 pub mod network;
 pub mod prepare;
 pub mod records;
@@ -17,5 +18,6 @@ pub mod state;
 mod store;
 pub mod supervisor;
 pub mod time;
+pub mod volume;
 
 pub use store::Error as StoreError;

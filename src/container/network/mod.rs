@@ -18,7 +18,10 @@ mod state;
 mod status;
 mod subnet;
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+
+use ipnet::IpNet;
 
 pub use attach::{Attachment, Request, Starting};
 pub use definition::{CreateOptions, DEFAULT_NETWORK, Definition, Driver, Subnet};
@@ -29,7 +32,7 @@ pub use ports::PortLocks;
 pub use status::{Interface, Status};
 
 use self::definition::Definitions;
-use self::state::{Records, State};
+use self::state::{Record, Records, State};
 use super::config::{Isolation, Network, NetworkMode};
 use super::store;
 
@@ -75,7 +78,7 @@ impl Networks {
         Ok(lock)
     }
 
-    /// All networks by name, the default one among them whether it was used yet or not.
+    /// All networks by name. The default one is among them when it was used.
     pub fn list(&self) -> Result<Vec<Definition>, Error> {
         self.definitions().all()
     }
@@ -112,7 +115,7 @@ impl Networks {
         let network = self.definitions().find(name)?.name;
         let users = self.users(&network)?;
         if !users.is_empty() {
-            return Err(Error::InUse { network, users: users.into_iter().map(|(_, name)| name).collect() });
+            return Err(Error::InUse { network, users: users.into_iter().map(|user| user.name).collect() });
         }
         self.remove_locked(&network)?;
         Ok(network)
@@ -142,12 +145,32 @@ impl Networks {
         state.write(&self.state_path())
     }
 
-    /// Ids and names of the containers that are on a network now.
-    pub fn users(&self, network: &str) -> Result<Vec<(String, String)>, Error> {
-        let records = self.records().all()?;
-        let on = records.into_iter().filter(|record| record.input.networks.contains_key(network));
-        Ok(on.map(|record| (record.id, record.name)).collect())
+    /// The containers that are on a network now.
+    pub fn users(&self, network: &str) -> Result<Vec<User>, Error> {
+        let definition = self.definitions().get(network)?;
+        let prefix = |address: &IpAddr| {
+            let subnets = definition.iter().flat_map(|definition| &definition.subnets);
+            let subnet = subnets.map(|subnet| subnet.subnet).find(|subnet| subnet.contains(address))?;
+            IpNet::new(*address, subnet.prefix_len()).ok()
+        };
+        let user = |record: Record| {
+            let joined = record.input.networks.get(network)?;
+            let addresses = joined.static_ips.iter().filter_map(prefix).collect();
+            Some(User { id: record.id, name: record.name, addresses })
+        };
+        Ok(self.records().all()?.into_iter().filter_map(user).collect())
     }
+}
+
+/// A container that is on a network.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct User {
+    /// Its id.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Its addresses there.
+    pub addresses: Vec<IpNet>,
 }
 
 /// Refuses what goes together with no mode, or not with this isolation.
