@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{AtFlags, CWD, FlockOperation, StatxFlags, statx};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -73,6 +73,36 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Error> {
         let _ = fs::remove_file(&new);
         Error::Host { what: "write", path: path.into(), source }
     })
+}
+
+/// Removes a directory with all that is in it, but nothing that is mounted there: a mount that is left is an error, and
+/// what it shows is not touched.
+pub fn remove_tree(path: &Path) -> Result<(), Error> {
+    let remove = || -> io::Result<()> {
+        match mount_of(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            mount => remove_within(path, mount?),
+        }
+    };
+    remove().map_err(host("remove", path))
+}
+
+fn mount_of(path: &Path) -> io::Result<u64> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    Ok(statx(CWD, path, flags, StatxFlags::MNT_ID)?.stx_mnt_id)
+}
+
+fn remove_within(path: &Path, mount: u64) -> io::Result<()> {
+    if mount_of(path)? != mount {
+        return Err(io::Error::other(format!("{path:?} is a mount point")));
+    }
+    if !fs::symlink_metadata(path)?.is_dir() {
+        return fs::remove_file(path);
+    }
+    for entry in fs::read_dir(path)? {
+        remove_within(&entry?.path(), mount)?;
+    }
+    fs::remove_dir(path)
 }
 
 /// Reads what [`write_json`] has written.
@@ -150,6 +180,25 @@ mod tests {
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
         fs::write(&path, "[3").unwrap();
         assert!(matches!(read_json::<Vec<u32>>(&path), Err(Error::Damaged { .. })));
+    }
+
+    #[test]
+    fn trees_are_removed_and_mounts_in_them_are_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let (tree, other) = (directory.path().join("tree"), directory.path().join("other"));
+        fs::create_dir_all(tree.join("a/b")).unwrap();
+        fs::create_dir(&other).unwrap();
+        fs::write(other.join("data"), "kept").unwrap();
+        std::os::unix::fs::symlink(&other, tree.join("link")).unwrap();
+        fs::write(tree.join("a/file"), "x").unwrap();
+        if rustix::mount::mount_bind(&other, tree.join("a/b")).is_ok() {
+            assert!(remove_tree(&tree).is_err());
+            rustix::mount::unmount(tree.join("a/b"), rustix::mount::UnmountFlags::DETACH).unwrap();
+        }
+        remove_tree(&tree).unwrap();
+        assert!(!tree.exists());
+        assert_eq!(fs::read_to_string(other.join("data")).unwrap(), "kept");
+        remove_tree(&tree).unwrap();
     }
 
     #[test]

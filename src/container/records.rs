@@ -234,8 +234,8 @@ impl Records {
                 result => result.map_err(host("remove", &place))?,
             }
         }
-        remove_all(&gone)?;
-        remove_all(&self.roots.container_run(id))
+        files::remove_tree(&gone)?;
+        Ok(files::remove_tree(&self.roots.container_run(id))?)
     }
 
     /// Removes what half-made and half-removed containers have left.
@@ -244,17 +244,10 @@ impl Records {
         let place = self.roots.containers();
         for entry in fs::read_dir(&place).map_err(host("read", &place))?.flatten() {
             if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
-                remove_all(&entry.path())?;
+                files::remove_tree(&entry.path())?;
             }
         }
         Ok(())
-    }
-}
-
-fn remove_all(path: &Path) -> Result<(), Error> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result.map_err(host("remove", path)),
     }
 }
 
