@@ -8,6 +8,7 @@ mod fork;
 pub mod life;
 pub mod log;
 pub mod microvm;
+pub mod native;
 pub mod network;
 pub mod prepare;
 pub mod records;

@@ -1,0 +1,610 @@
+//! Native containers: namespaces, control groups and filters of this host's kernel, set up by libcontainer.
+//!
+//! libcontainer's `container_init_process` does what happens in the new process: namespaces, root file system, mounts,
+//! devices, terminal. What happens around it is here, since libcontainer's own way around it leaves control groups of
+//! version 2 without device rules, gives `exec` no filter, changes the caller's own `oom_score_adj` and dumpability, and
+//! takes twice as long: docs/native.md.
+//!
+//! The process that drives this has one thread.
+
+mod cgroup;
+mod child;
+mod processes;
+mod program;
+mod rootfs;
+mod streams;
+mod sys;
+
+use std::cell::Cell;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use oci_spec::runtime::{LinuxNamespaceType, Mount, MountBuilder, Process, Spec};
+use rustix::mount::MountPropagationFlags;
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+};
+use rustix::thread::ThreadNameSpaceType;
+use serde::{Deserialize, Serialize};
+
+use self::cgroup::{Cgroup, Hierarchies};
+use self::program::Plan;
+use super::backend::{
+    Backend, Bundle, Error, Execution, ExitStatus, ProcessInfo, Stats, Streams, WindowSize,
+};
+use super::config::Secret;
+use super::spec::{compile_seccomp, load_flags};
+
+/// What was made for a container, for whoever has to clear it away.
+const RECORD: &str = "native.json";
+/// Where the first process listens for its start.
+const START_SOCKET: &str = "start.sock";
+/// Where secrets are, in the bundle's directory.
+const SECRETS: &str = "secrets";
+/// Largest secret, in bytes.
+const SECRET_BYTES_MAX: u64 = 1 << 20;
+
+/// A record of what was made, written before it is made.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Record {
+    rootfs: PathBuf,
+    cgroup: PathBuf,
+    /// The first process, once there is one.
+    pid: Option<i32>,
+    /// When it was started, which tells it from a later one with its number.
+    start_ticks: Option<u64>,
+}
+
+/// The first process.
+struct FirstProcess {
+    child: sys::Child,
+    terminal: Option<OwnedFd>,
+    /// Until it is started.
+    report: Option<fs::File>,
+    status: Option<ExitStatus>,
+}
+
+/// A native container.
+pub struct Native {
+    directory: PathBuf,
+    cgroup: Cgroup,
+    spec: Option<Spec>,
+    /// The compiled filter and its flags.
+    filter: Option<(Rc<Vec<u8>>, u32)>,
+    first: Option<FirstProcess>,
+    executions: Vec<Rc<Running>>,
+}
+
+/// A process of `exec`, shared by the container and whoever asked for it.
+struct Running {
+    child: sys::Child,
+    terminal: Option<OwnedFd>,
+    status: Cell<Option<ExitStatus>>,
+}
+
+impl Native {
+    /// The container of a bundle's directory. Nothing is made, and what somebody else has made and left there can be
+    /// deleted.
+    pub fn new(directory: &Path) -> Native {
+        Native {
+            directory: directory.into(),
+            cgroup: Cgroup::default(),
+            spec: None,
+            filter: None,
+            first: None,
+            executions: vec![],
+        }
+    }
+
+    /// The first process, as this host counts.
+    pub fn pid(&self) -> Option<u32> {
+        self.first.as_ref().and_then(|first| u32::try_from(first.child.pid).ok())
+    }
+
+    /// Where the directory is that is to be `/run/secrets`, for [`super::spec::Inputs`].
+    pub fn secrets_directory(directory: &Path) -> PathBuf {
+        directory.join(SECRETS)
+    }
+
+    fn first(&self) -> Result<&FirstProcess, Error> {
+        self.first.as_ref().filter(|first| first.status.is_none()).ok_or(Error::NotRunning)
+    }
+
+    fn record_path(&self) -> PathBuf {
+        self.directory.join(RECORD)
+    }
+
+    fn write_record(&self, record: &Record) -> Result<(), Error> {
+        let write = || -> io::Result<()> {
+            let temporary = self.directory.join(format!("{RECORD}.new"));
+            fs::write(&temporary, serde_json::to_vec(record)?)?;
+            fs::rename(&temporary, self.record_path())
+        };
+        write().map_err(|source| Error::failed(format!("cannot write {:?}", self.record_path()), source))
+    }
+
+    fn read_record(&self) -> Result<Option<Record>, Error> {
+        let unreadable = |source| Error::failed(format!("cannot read {:?}", self.record_path()), source);
+        match fs::read(self.record_path()) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|source| unreadable(source.into())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(unreadable(error)),
+        }
+    }
+
+    /// All but the record, which the caller has written.
+    fn make(&mut self, bundle: &Bundle, record: &mut Record) -> Result<Streams, Error> {
+        let mut spec = bundle.spec.clone();
+        let user_namespace = in_user_namespace();
+        if !bundle.layers.is_empty() {
+            rootfs::mount_overlay(&bundle.layers, &bundle.writable, &bundle.rootfs, user_namespace).map_err(
+                |source| {
+                    let what = format!("cannot mount {} layers at {:?}", bundle.layers.len(), bundle.rootfs);
+                    Error::failed(what, source)
+                },
+            )?;
+        }
+        if !bundle.config.secrets.is_empty() {
+            copy_secrets(&bundle.config.secrets, &Native::secrets_directory(&self.directory))?;
+        }
+        let process = spec.process().clone().ok_or_else(|| missing("process"))?;
+        rootfs::make_directory(&bundle.rootfs, process.cwd()).map_err(|source| {
+            Error::failed(format!("cannot make the working directory {:?}", process.cwd()), source)
+        })?;
+
+        self.cgroup = Cgroup::at(&Hierarchies::find()?, &record.cgroup);
+        self.cgroup.create()?;
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().clone());
+        let resources = resources.unwrap_or_default();
+        self.cgroup.limit(&resources)?;
+        let privileged = bundle.config.security.privileged;
+        self.cgroup.limit_devices(&resources, !user_namespace && !privileged)?;
+
+        let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
+        self.filter = match seccomp {
+            Some(seccomp) => {
+                let program = compile_seccomp(seccomp)
+                    .map_err(|source| Error::failed("cannot make the container's filter", source))?;
+                Some((Rc::new(program), load_flags(seccomp)))
+            }
+            None => None,
+        };
+        let propagation = adapt(&mut spec, &self.cgroup)?;
+        self.spec = Some(spec.clone());
+
+        let v2 = self.cgroup.open_v2();
+        let into_v2 = v2.is_some();
+        let first = child::First {
+            own_pid_namespace: has_new_namespace(&spec, LinuxNamespaceType::Pid),
+            spec,
+            rootfs: &bundle.rootfs,
+            socket: &self.directory.join(START_SOCKET),
+            stdin: bundle.config.process.stdin,
+            cgroup: v2,
+        };
+        let init = bundle.config.process.init;
+        let plan = |report| -> Result<Plan, Error> {
+            let mut plan = Plan::new(&process, report)?;
+            plan.filter.clone_from(&self.filter);
+            plan.propagation.clone_from(&propagation);
+            plan.init = init;
+            Ok(plan)
+        };
+        let oom_score = process.oom_score_adj();
+        let place = |pid| -> Result<(), Error> {
+            set_oom_score(pid, oom_score)?;
+            self.cgroup.join(pid, !into_v2)?;
+            record.pid = Some(pid);
+            record.start_ticks = processes::start_ticks(pid);
+            self.write_record(record)
+        };
+        let created = child::create(first, plan, place)?;
+        self.first = Some(FirstProcess {
+            child: created.child,
+            terminal: created.terminal,
+            report: Some(created.report),
+            status: None,
+        });
+        Ok(created.streams)
+    }
+
+    /// Kills what another process has left.
+    fn kill_recorded(&self, record: &Record) -> Result<(), Error> {
+        let Some(pid) = record.pid.and_then(Pid::from_raw) else { return Ok(()) };
+        // First the process, then the look whether it is the one: a number can be given anew in between.
+        let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return Ok(()) };
+        if record.start_ticks.is_none() || processes::start_ticks(pid.as_raw_pid()) != record.start_ticks {
+            return Ok(());
+        }
+        let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+        // It is another's child, but its end can be seen. One that is frozen ends when the group is thawed, below.
+        wait_readable(pidfd.as_fd(), 100);
+        Ok(())
+    }
+
+    fn reap_executions(&self) {
+        for running in &self.executions {
+            let _ = running.ended();
+        }
+    }
+}
+
+impl Backend for Native {
+    fn create(&mut self, bundle: &Bundle) -> Result<Streams, Error> {
+        child::check_single_thread()?;
+        if self.first.is_some() {
+            return Err(Error::failed("cannot make the container", "it is there already"));
+        }
+        let cgroup = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
+        let mut record =
+            Record { rootfs: bundle.rootfs.clone(), cgroup: cgroup.unwrap_or_default(), ..Record::default() };
+        if !record.cgroup.as_os_str().is_empty() && !record.cgroup.is_absolute() {
+            let what = "the container's control group is not an absolute path";
+            return Err(Error::Unsupported { what: what.into() });
+        }
+        self.write_record(&record)?;
+        match self.make(bundle, &mut record) {
+            Ok(streams) => Ok(streams),
+            Err(error) => {
+                // The first error counts; what could not be cleared away now is recorded.
+                let _ = self.delete();
+                Err(error)
+            }
+        }
+    }
+
+    fn start(&mut self) -> Result<(), Error> {
+        let socket = self.directory.join(START_SOCKET);
+        let first = self.first.as_mut().ok_or(Error::NotRunning)?;
+        let mut report =
+            first.report.take().ok_or_else(|| Error::failed("cannot start the container", "it runs"))?;
+        let started = child::start(&socket, &mut report);
+        let _ = fs::remove_file(&socket);
+        started
+    }
+
+    fn exit_event(&self) -> Result<BorrowedFd<'_>, Error> {
+        Ok(self.first.as_ref().ok_or(Error::NotRunning)?.child.pidfd.as_fd())
+    }
+
+    fn exit_status(&mut self) -> Result<Option<ExitStatus>, Error> {
+        self.reap_executions();
+        let first = self.first.as_mut().ok_or(Error::NotRunning)?;
+        if first.status.is_none() {
+            first.status = reap(&first.child)?;
+        }
+        Ok(first.status)
+    }
+
+    fn oom_killed(&mut self) -> Result<bool, Error> {
+        Ok(self.cgroup.oom_kills() > 0)
+    }
+
+    fn signal(&mut self, signal: i32, all: bool) -> Result<(), Error> {
+        let first = self.first()?;
+        send(&first.child.pidfd, signal)?;
+        if all {
+            for pid in self.cgroup.processes() {
+                if pid != first.child.pid {
+                    sys::send_signal(pid, signal);
+                }
+            }
+        }
+        // A process of a version 1 group that is frozen does not even die.
+        if signal == libc::SIGKILL && self.cgroup.is_frozen() {
+            self.cgroup.freeze(false)?;
+        }
+        Ok(())
+    }
+
+    fn resize(&mut self, size: WindowSize) -> Result<(), Error> {
+        resize(self.first()?.terminal.as_ref(), size)
+    }
+
+    fn pause(&mut self) -> Result<(), Error> {
+        self.first()?;
+        self.cgroup.freeze(true)
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        self.first()?;
+        self.cgroup.freeze(false)
+    }
+
+    fn stats(&mut self) -> Result<Stats, Error> {
+        let first = self.first()?;
+        let mut stats = self.cgroup.stats();
+        stats.interfaces = processes::interfaces(first.child.pid);
+        Ok(stats)
+    }
+
+    fn processes(&mut self) -> Result<Vec<ProcessInfo>, Error> {
+        let first = self.first()?;
+        let mut pids = self.cgroup.processes();
+        if pids.is_empty() {
+            pids = processes::in_namespace_of(first.child.pid);
+        }
+        Ok(processes::describe(&pids))
+    }
+
+    fn exec(&mut self, process: &Process) -> Result<(Box<dyn Execution>, Streams), Error> {
+        child::check_single_thread()?;
+        self.executions.retain(|running| running.status.get().is_none());
+        let first = self.first()?;
+        if first.report.is_some() {
+            return Err(Error::NotRunning);
+        }
+        if self.cgroup.is_frozen() {
+            return Err(Error::failed("cannot run a process in the container", "it is paused"));
+        }
+        let container = self.spec.as_ref().ok_or(Error::NotRunning)?;
+        let spec = child::spec_for_exec(container, process);
+        let socket = self.directory.join(child::socket_name(&first.child.pidfd));
+        let filter = self.filter.clone();
+        let namespaces = namespaces(container);
+        let oom_score = process.oom_score_adj();
+        let created = child::exec(
+            &first.child.pidfd,
+            spec,
+            &socket,
+            true,
+            namespaces,
+            |report| {
+                let mut plan = Plan::new(process, report)?;
+                plan.filter = filter;
+                Ok(plan)
+            },
+            |pid| {
+                set_oom_score(pid, oom_score)?;
+                self.cgroup.join(pid, true)
+            },
+        )?;
+        let running =
+            Rc::new(Running { child: created.child, terminal: created.terminal, status: Cell::new(None) });
+        self.executions.push(running.clone());
+        Ok((Box::new(running), created.streams))
+    }
+
+    fn delete(&mut self) -> Result<(), Error> {
+        let record = self.read_record()?;
+        if let Some(record) = &record {
+            self.cgroup = Cgroup::at(&Hierarchies::find()?, &record.cgroup);
+        }
+        for running in std::mem::take(&mut self.executions) {
+            if running.status.get().is_none() {
+                let _ = pidfd_send_signal(&running.child.pidfd, Signal::KILL);
+            }
+            if self.cgroup.is_frozen() {
+                let _ = self.cgroup.freeze(false);
+            }
+            while running.status.get().is_none() && wait_readable(running.child.pidfd.as_fd(), -1) {
+                let _ = running.ended()?;
+            }
+        }
+        if let Some(first) = self.first.take()
+            && first.status.is_none()
+        {
+            let _ = pidfd_send_signal(&first.child.pidfd, Signal::KILL);
+            if self.cgroup.is_frozen() {
+                let _ = self.cgroup.freeze(false);
+            }
+            child::end(&first.child);
+        }
+        let Some(record) = record else { return Ok(()) };
+        self.kill_recorded(&record)?;
+        self.cgroup.kill()?;
+        self.cgroup.remove()?;
+        let failed = |what: &str, path: &Path| {
+            let what = format!("cannot {what} {path:?}");
+            move |source| Error::failed(what, source)
+        };
+        let secrets = Native::secrets_directory(&self.directory);
+        rootfs::unmount_and_remove(&secrets).map_err(failed("unmount", &secrets))?;
+        if record.rootfs.starts_with(&self.directory) {
+            rootfs::unmount_and_remove(&record.rootfs).map_err(failed("unmount", &record.rootfs))?;
+        }
+        for file in [START_SOCKET, RECORD] {
+            let path = self.directory.join(file);
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                result => result.map_err(failed("remove", &path))?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Running {
+    fn ended(&self) -> Result<Option<ExitStatus>, Error> {
+        if self.status.get().is_none() {
+            self.status.set(reap(&self.child)?);
+        }
+        Ok(self.status.get())
+    }
+}
+
+impl Execution for Rc<Running> {
+    fn exit_event(&self) -> BorrowedFd<'_> {
+        self.child.pidfd.as_fd()
+    }
+
+    fn exit_status(&mut self) -> Result<Option<ExitStatus>, Error> {
+        self.ended()
+    }
+
+    fn signal(&mut self, signal: i32) -> Result<(), Error> {
+        if self.status.get().is_some() {
+            return Err(Error::NotRunning);
+        }
+        send(&self.child.pidfd, signal)
+    }
+
+    fn resize(&mut self, size: WindowSize) -> Result<(), Error> {
+        resize(self.terminal.as_ref(), size)
+    }
+}
+
+fn missing(what: &str) -> Error {
+    Error::failed("cannot make the container", format!("its specification has no {what}"))
+}
+
+fn reap(child: &sys::Child) -> Result<Option<ExitStatus>, Error> {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+    let status = waitid(WaitId::PidFd(child.pidfd.as_fd()), options)
+        .map_err(|source| Error::failed("cannot learn how the process ended", io::Error::from(source)))?;
+    let byte = |number: i32| u8::try_from(number & 0xff).unwrap_or(u8::MAX);
+    Ok(status.and_then(|status| {
+        let code = status.exit_status().map(|code| ExitStatus::Code(byte(code)));
+        code.or_else(|| status.terminating_signal().map(|signal| ExitStatus::Signal(byte(signal))))
+    }))
+}
+
+fn send(pidfd: &OwnedFd, signal: i32) -> Result<(), Error> {
+    match sys::signal_pidfd(pidfd.as_fd(), signal) {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Err(Error::NotRunning),
+        result => result.map_err(|source| Error::failed(format!("cannot send signal {signal}"), source)),
+    }
+}
+
+fn resize(terminal: Option<&OwnedFd>, size: WindowSize) -> Result<(), Error> {
+    let terminal =
+        terminal.ok_or_else(|| Error::Unsupported { what: "the process has no terminal".into() })?;
+    sys::set_window_size(terminal.as_fd(), size)
+        .map_err(|source| Error::failed("cannot set the terminal's size", source))
+}
+
+fn wait_readable(descriptor: BorrowedFd<'_>, timeout_ms: i16) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let timeout =
+        if timeout_ms < 0 { PollTimeout::NONE } else { PollTimeout::from(timeout_ms.unsigned_abs()) };
+    poll(&mut [PollFd::new(descriptor, PollFlags::POLLIN)], timeout).is_ok_and(|count| count > 0)
+}
+
+fn set_oom_score(pid: i32, score: Option<i32>) -> Result<(), Error> {
+    let Some(score) = score else { return Ok(()) };
+    fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()).map_err(|source| {
+        Error::failed(format!("cannot set the score for want of memory to {score}"), source)
+    })
+}
+
+/// Whether this process's users are not the host's.
+fn in_user_namespace() -> bool {
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let words: Vec<&str> = map.split_whitespace().collect();
+    !words.is_empty() && words != ["0", "0", "4294967295"]
+}
+
+fn has_new_namespace(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    let list = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    list.into_iter().flatten().any(|namespace| namespace.typ() == kind && namespace.path().is_none())
+}
+
+/// Those of a container that a further process enters.
+fn namespaces(spec: &Spec) -> ThreadNameSpaceType {
+    let list = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let bit = |kind| match kind {
+        LinuxNamespaceType::Mount => ThreadNameSpaceType::MOUNT,
+        LinuxNamespaceType::Cgroup => ThreadNameSpaceType::CONTROL_GROUP,
+        LinuxNamespaceType::Uts => ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME,
+        LinuxNamespaceType::Ipc => ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION,
+        LinuxNamespaceType::User => ThreadNameSpaceType::USER,
+        LinuxNamespaceType::Pid => ThreadNameSpaceType::PROCESS_ID,
+        LinuxNamespaceType::Network => ThreadNameSpaceType::NETWORK,
+        LinuxNamespaceType::Time => ThreadNameSpaceType::TIME,
+    };
+    list.into_iter().flatten().fold(ThreadNameSpaceType::empty(), |all, namespace| all | bit(namespace.typ()))
+}
+
+/// Changes a `Spec` into what libcontainer makes right of, and says which mounts want a propagation set afterwards.
+fn adapt(spec: &mut Spec, cgroup: &Cgroup) -> Result<Vec<(PathBuf, MountPropagationFlags)>, Error> {
+    let mut mounts = vec![];
+    let mut propagation = vec![];
+    let (mut shared, mut read_only_cgroups) = (false, false);
+    for mount in spec.mounts().clone().unwrap_or_default() {
+        let has = |name: &str| mount.options().iter().flatten().any(|option| option == name);
+        shared |= has("shared") || has("rshared");
+        if has("slave") || has("rslave") {
+            let recursive =
+                if has("rslave") { MountPropagationFlags::REC } else { MountPropagationFlags::empty() };
+            propagation.push((mount.destination().clone(), MountPropagationFlags::DOWNSTREAM | recursive));
+        } else if mount.typ().as_deref() == Some("bind") && !has("shared") && !has("rshared") {
+            propagation.push((
+                mount.destination().clone(),
+                MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+            ));
+        }
+        if mount.typ().as_deref() == Some("cgroup") && !cgroup.is_unified() {
+            read_only_cgroups |= has("ro");
+            mounts.extend(v1_mounts(&mount, cgroup, has("ro"))?);
+        } else {
+            mounts.push(mount);
+        }
+    }
+    let all_private = propagation.iter().all(|(_, flags)| flags.contains(MountPropagationFlags::PRIVATE));
+    let linux = spec.linux_mut().as_mut().ok_or_else(|| missing("linux section"))?;
+    if linux.rootfs_propagation().is_none() {
+        if shared {
+            linux.set_rootfs_propagation(Some("shared".into()));
+        } else if all_private {
+            // All that is mounted is private from the start, and nothing has to be set afterwards.
+            linux.set_rootfs_propagation(Some("private".into()));
+            propagation.clear();
+        }
+    }
+    if read_only_cgroups && let Some(paths) = linux.readonly_paths().clone() {
+        linux.set_readonly_paths(Some([paths, vec!["/sys/fs/cgroup".into()]].concat()));
+    }
+    spec.set_mounts(Some(mounts));
+    Ok(propagation)
+}
+
+/// What a container sees of control groups of version 1: its own, read-only unless it is privileged.
+///
+/// libcontainer would mount the hierarchies so that the container's root could raise its own limits.
+fn v1_mounts(mount: &Mount, cgroup: &Cgroup, read_only: bool) -> Result<Vec<Mount>, Error> {
+    let target = mount.destination();
+    let build = |builder: MountBuilder| {
+        builder.build().map_err(|source| Error::failed("cannot mount cgroups", source))
+    };
+    let hard = ["nosuid", "noexec", "nodev"].map(str::to_owned).to_vec();
+    let mut options = hard.clone();
+    options.push("mode=755".into());
+    let base = MountBuilder::default().typ("tmpfs").source("tmpfs").destination(target.clone());
+    let mut mounts = vec![build(base.options(options))?];
+    for (name, directory) in cgroup.v1_mounts() {
+        let mut options = [vec!["bind".to_owned()], hard.clone()].concat();
+        options.extend(read_only.then(|| "ro".to_owned()));
+        let one = MountBuilder::default().typ("bind").source(directory).destination(target.join(name));
+        mounts.push(build(one.options(options))?);
+    }
+    Ok(mounts)
+}
+
+/// Copies secrets into memory.
+fn copy_secrets(secrets: &[Secret], directory: &Path) -> Result<(), Error> {
+    rootfs::mount_memory(directory)
+        .map_err(|source| Error::failed(format!("cannot mount memory at {directory:?}"), source))?;
+    for secret in secrets {
+        let copy = || -> io::Result<()> {
+            use io::Read;
+            let mut bytes = vec![];
+            fs::File::open(&secret.source)?.take(SECRET_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+            if bytes.len() as u64 > SECRET_BYTES_MAX {
+                return Err(io::Error::other(format!("it has more than {SECRET_BYTES_MAX} bytes")));
+            }
+            // The name is one part of a path; `spec` has seen to that.
+            let path = directory.join(&secret.name);
+            fs::write(&path, bytes)?;
+            fs::set_permissions(&path, fs::Permissions::from_mode(secret.mode & 0o7777))?;
+            chown(&path, Some(secret.uid), Some(secret.gid))
+        };
+        copy()
+            .map_err(|source| Error::failed(format!("cannot copy the secret {:?}", secret.name), source))?;
+    }
+    Ok(())
+}
