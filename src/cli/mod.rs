@@ -2,10 +2,12 @@
 
 mod boot;
 mod completions;
+mod container;
 mod doctor;
 mod engine_program;
 mod file_server;
 mod hint;
+mod image;
 mod listing;
 mod logging;
 mod man;
@@ -17,6 +19,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use crate::container::roots::Roots;
 use crate::vm::{EXIT_FAILED, Timeline};
 
 /// Boots a Linux guest in a KVM microVM, and tells what this host can do.
@@ -52,6 +55,14 @@ enum MonitorCommand {
 
 #[derive(Subcommand)]
 enum Command {
+    #[command(flatten)]
+    Container(container::ContainerCommand),
+    #[command(flatten)]
+    Image(image::ImageCommand),
+    #[command(subcommand)]
+    Network(network::NetworkCommand),
+    #[command(subcommand)]
+    Volume(volume::VolumeCommand),
     Completions(completions::CompletionsArguments),
     Doctor(doctor::DoctorArguments),
     Man(man::ManArguments),
@@ -83,11 +94,19 @@ pub fn engine() -> ExitCode {
     let arguments = Arguments::<Command>::parse();
     let result = match arguments.command {
         None => boot::run(arguments.boot, Timeline::start()),
+        Some(Command::Container(command)) => container::run(&command),
+        Some(Command::Image(command)) => image::run(&command),
+        Some(Command::Network(command)) => on_roots(|roots| network::run(&command, &roots.data, &roots.run)),
+        Some(Command::Volume(command)) => on_roots(|roots| volume::run(&command, &roots.data)),
         Some(Command::Completions(arguments)) => completions::run(&arguments),
         Some(Command::Doctor(arguments)) => doctor::run(&arguments),
         Some(Command::Man(arguments)) => man::run(&arguments),
     };
     end(result, arguments.verbose)
+}
+
+fn on_roots(work: impl FnOnce(&Roots) -> anyhow::Result<ExitCode>) -> anyhow::Result<ExitCode> {
+    work(&Roots::find()?)
 }
 
 fn end(result: anyhow::Result<ExitCode>, verbose: bool) -> ExitCode {

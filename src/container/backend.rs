@@ -197,6 +197,8 @@ pub trait Backend {
     fn create(&mut self, bundle: &Bundle) -> Result<Streams, Error>;
     /// Lets the process go on. Returns when its program runs, or why it does not.
     fn start(&mut self) -> Result<(), Error>;
+    /// The process on this host that the container's is, or is in: the first process, or the monitor.
+    fn pid(&self) -> Option<u32>;
     /// Becomes readable when the process has ended.
     fn exit_event(&self) -> Result<BorrowedFd<'_>, Error>;
     /// How the process ended; `None` while it runs.

@@ -20,7 +20,8 @@ use super::records::{self, Record, Records, short};
 use super::spec::{self, Inputs, NetworkNamespace, Users};
 use super::state::Endpoint;
 use super::volume::{self, Volumes};
-use crate::image::{self, Image, Store};
+use crate::image::store::{Image, Store};
+use crate::image::{self, digest};
 
 /// A microVM's kernel, for the choice of system calls that a filter allows: that of `scripts/build-kernel`.
 const GUEST_KERNEL: (u32, u32) = (6, 1);
@@ -102,7 +103,7 @@ pub fn prepare(records: &Records, config: &ContainerConfig) -> Result<Prepared, 
     let roots = records.roots();
     let run = roots.container_run(&config.id);
     let store = Store::open(&roots.images())?;
-    let image = store.image(&config.image_id.parse()?)?;
+    let image = store.image(&parsed(&config.image_id)?)?;
     let layers = store.layer_dirs(&image)?;
 
     let namespace = namespace(records, config)?;
@@ -148,7 +149,7 @@ pub fn prepare(records: &Records, config: &ContainerConfig) -> Result<Prepared, 
         volumes: &volumes,
         secrets: Some(Native::secrets_directory(&run)),
         cgroup: Path::new("/rvmm").join(&config.id),
-        available: if native { spec::available_capabilities() } else { spec::CapabilitySet::all() },
+        available: available(config),
         kernel: if native { spec::kernel_version() } else { GUEST_KERNEL },
     })?;
     // For whoever adds a process later.
@@ -297,20 +298,54 @@ fn fill(
     layers: &[PathBuf],
 ) -> Result<(), Error> {
     let root = records.roots().container_run(&config.id).join("image");
-    native::mount_layers(layers, &root)?;
+    let scratch = records.roots().container_run(&config.id).join("scratch");
+    native::mount_layers(layers, &scratch, &root)?;
     let filled = volumes.fill(name, &root, target);
     native::unmount(&root)?;
-    let _ = fs::remove_dir(&root);
+    files::remove_tree(&scratch)?;
     filled?;
     Ok(())
 }
 
+fn parsed(digest: &str) -> Result<digest::Digest, image::Error> {
+    digest.parse().map_err(|_| image::Error::NotFound(digest.into()))
+}
+
 /// The users of a container that runs, for a further process.
-pub fn users(records: &Records, record: &Record) -> Result<Users, Error> {
+fn users(records: &Records, config: &ContainerConfig) -> Result<Users, Error> {
     let store = Store::open(&records.roots().images())?;
-    let image = store.image(&record.config.image_id.parse()?)?;
+    let image = store.image(&parsed(&config.image_id)?)?;
     let layers = store.layer_dirs(&image)?;
-    Ok(Users::in_layers(&with_upper(records, &record.config, &layers))?)
+    Ok(Users::in_layers(&with_upper(records, config, &layers))?)
+}
+
+/// A process that is added to a container, in its environment and as its user where `process` says nothing else.
+pub fn exec_process(
+    records: &Records,
+    record: &Record,
+    process: &super::config::Process,
+    privileged: bool,
+) -> Result<oci_spec::runtime::Process, Error> {
+    let users = users(records, &record.config)?;
+    let available = available(&record.config);
+    Ok(spec::exec_process(&record.config, process, privileged, &users, available)?)
+}
+
+/// The process of a health check.
+pub fn check_process(
+    records: &Records,
+    config: &ContainerConfig,
+    args: Vec<String>,
+) -> Result<oci_spec::runtime::Process, Error> {
+    let process = super::config::Process { args, ..Default::default() };
+    Ok(spec::exec_process(config, &process, false, &users(records, config)?, available(config))?)
+}
+
+fn available(config: &ContainerConfig) -> spec::CapabilitySet {
+    match config.isolation {
+        Isolation::Native => spec::available_capabilities(),
+        Isolation::Microvm => spec::CapabilitySet::all(),
+    }
 }
 
 /// A container that runs, to be looked at or added to.
@@ -356,8 +391,8 @@ pub fn clear(records: &Records, config: &ContainerConfig) -> Result<(), Error> {
         Native::new(&run).delete()?;
         for name in ["image", "rootfs"] {
             native::unmount(&run.join(name))?;
-            let _ = fs::remove_dir(run.join(name));
         }
+        files::remove_tree(&run.join("scratch"))?;
         for name in ["resolv.conf", "hosts", "hostname", "spec.json"] {
             let _ = fs::remove_file(run.join(name));
         }
@@ -377,7 +412,7 @@ pub fn remove(records: &Records, config: &ContainerConfig) -> Result<(), Error> 
     let roots = records.roots();
     Volumes::new(&roots.data).release(&config.id, config.auto_remove)?;
     let store = Store::open(&roots.images())?;
-    store.release(&config.image_id.parse()?, &config.id)?;
+    store.release(&parsed(&config.image_id)?, &config.id)?;
     Ok(records.remove(&config.id)?)
 }
 

@@ -16,6 +16,7 @@ use crate::container::config::{
 };
 use crate::container::records::Records;
 use crate::container::{signal, state};
+use crate::image::manifest::HealthCheck;
 
 /// Seconds that `stop` waits, as Docker does.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -325,4 +326,16 @@ fn health(options: &ContainerOptions, image: Option<Health>) -> Option<Health> {
     health.start_period = options.health_start_period.map_or(health.start_period, |time| time.0);
     health.retries = options.health_retries.unwrap_or(health.retries).max(1);
     Some(health)
+}
+
+/// An image's health check as a container's. What is 0 there is the default.
+pub fn health_of_image(check: &HealthCheck) -> Health {
+    let time = |ns: u64, usual| if ns == 0 { usual } else { Duration::from_nanos(ns) };
+    Health {
+        test: check.test.clone(),
+        interval: time(check.interval, HEALTH_TIME),
+        timeout: time(check.timeout, HEALTH_TIME),
+        start_period: Duration::from_nanos(check.start_period),
+        retries: if check.retries == 0 { HEALTH_RETRIES } else { check.retries },
+    }
 }

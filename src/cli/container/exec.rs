@@ -11,10 +11,10 @@ use super::configure;
 use super::session::{self, Input, Typed, print, wait_for};
 use super::values::EnvVariable;
 use crate::container::backend::{Execution, Streams};
+use crate::container::config::Process;
 use crate::container::log::Source;
 use crate::container::prepare;
 use crate::container::records::Records;
-use crate::container::spec::{self, ExecOptions};
 use crate::container::state::Status;
 use crate::container::supervisor::process::Pipes;
 use crate::terminal::RawTerminal;
@@ -69,24 +69,23 @@ pub fn run(arguments: &ExecArguments, records: &Records) -> anyhow::Result<ExitC
     let keys = session::detach_keys(&arguments.detach_keys).map_err(anyhow::Error::msg)?;
     let mut env = vec![];
     arguments.env.iter().for_each(|variable| configure::set(&mut env, variable));
-    let process = spec::exec_process(
-        &record.config,
-        &ExecOptions {
-            args: arguments.command.clone(),
-            env,
-            cwd: arguments.workdir.clone(),
-            user: arguments.user.clone(),
-            terminal: arguments.tty,
-            privileged: arguments.privileged,
-        },
-        &prepare::users(records, &record)?,
-    )?;
+    let process = Process {
+        args: arguments.command.clone(),
+        env,
+        cwd: arguments.workdir.clone().unwrap_or_default(),
+        user: arguments.user.clone().unwrap_or_default(),
+        terminal: arguments.tty,
+        stdin: arguments.interactive,
+        ..Process::default()
+    };
+    let process = prepare::exec_process(records, &record, &process, arguments.privileged)?;
     let mut backend = prepare::open(records, &record)?;
     let (mut execution, mut streams) = match backend.exec(&process) {
         Ok(started) => started,
         Err(error) => {
-            super::super::report(&anyhow::Error::new(error), false);
-            return Ok(ExitCode::from(126));
+            let code = error.docker_code();
+            crate::cli::report(&error.into(), false);
+            return Ok(ExitCode::from(code));
         }
     };
     if !arguments.interactive || arguments.detach {

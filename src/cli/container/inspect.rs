@@ -8,7 +8,7 @@ use crate::container::config::{ContainerConfig, Isolation, MountSource, NetworkM
 use crate::container::records::{self, Record, Records};
 use crate::container::state::Status;
 use crate::container::time;
-use crate::image;
+use crate::image::store::Store;
 
 /// Show all that is known of containers and images, as JSON
 #[derive(clap::Args)]
@@ -54,9 +54,9 @@ fn one(kind: Option<&str>, name: &str, records: &Records) -> anyhow::Result<Valu
             Err(error) => return Err(error.into()),
         }
     }
-    let store = image::Store::open(&records.roots().images())?;
-    match store.find(name)? {
-        Some(image) => Ok(store.inspect(&image)?),
+    let store = Store::open(&records.roots().images())?;
+    match super::run::find(&store, name)? {
+        Some(image) => Ok(crate::cli::image::describe(&store, &image)?),
         None if kind.is_none() => anyhow::bail!("there is no container or image {name:?}"),
         None => anyhow::bail!("there is no image {name:?}"),
     }

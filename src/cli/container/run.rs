@@ -14,6 +14,7 @@ use crate::container::life;
 use crate::container::records::Records;
 use crate::container::supervisor::protocol::Request;
 use crate::image;
+use crate::image::store::{Image, Store};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -115,13 +116,13 @@ pub fn create(arguments: &CreateArguments, records: &Records) -> anyhow::Result<
 }
 
 fn make(options: &ContainerOptions, records: &Records) -> anyhow::Result<ContainerConfig> {
-    let store = image::Store::open(&records.roots().images())?;
+    let store = Store::open(&records.roots().images())?;
     let image = find_image(&store, options)?;
     let facts = ImageFacts {
         name: &options.image,
-        id: image.id(),
-        config: image.config().config().as_ref(),
-        health: image.health().map(super::configure::health_of_image).transpose()?,
+        id: &image.id.to_string(),
+        config: image.config.config().as_ref(),
+        health: image.health.as_ref().map(super::configure::health_of_image),
     };
     let config = configure(options, &facts, records)?;
     if config.isolation == crate::container::config::Isolation::Microvm
@@ -143,10 +144,10 @@ fn make(options: &ContainerOptions, records: &Records) -> anyhow::Result<Contain
         None => None,
     };
     // From now on the image is in use, before anybody can think otherwise.
-    store.hold(image.id(), &config.id)?;
+    store.hold(&image.id, &config.id)?;
     let made = records.create(&config);
     if let Err(error) = made {
-        let _ = store.release(image.id(), &config.id);
+        let _ = store.release(&image.id, &config.id);
         return Err(error.into());
     }
     if let Some(file) = &mut cidfile {
@@ -156,10 +157,10 @@ fn make(options: &ContainerOptions, records: &Records) -> anyhow::Result<Contain
 }
 
 /// The image, fetched if need be by a process of its own: fetching takes threads, and what follows must have one.
-fn find_image(store: &image::Store, options: &ContainerOptions) -> anyhow::Result<image::Image> {
+fn find_image(store: &Store, options: &ContainerOptions) -> anyhow::Result<Image> {
     let found = match options.pull {
         Pull::Always => None,
-        Pull::Missing | Pull::Never => store.find(&options.image)?,
+        Pull::Missing | Pull::Never => find(store, &options.image)?,
     };
     match found {
         Some(image) => Ok(image),
@@ -174,7 +175,16 @@ fn find_image(store: &image::Store, options: &ContainerOptions) -> anyhow::Resul
             if !status.success() {
                 bail!("cannot fetch the image {:?}", options.image);
             }
-            store.find(&options.image)?.with_context(|| format!("there is no image {:?}", options.image))
+            find(store, &options.image)?.with_context(|| format!("there is no image {:?}", options.image))
         }
+    }
+}
+
+/// The image of that name, if it is here.
+pub fn find(store: &Store, name: &str) -> anyhow::Result<Option<Image>> {
+    match store.resolve(name) {
+        Ok(image) => Ok(Some(image)),
+        Err(image::Error::NotFound(_)) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }

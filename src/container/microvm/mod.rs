@@ -15,14 +15,14 @@ use oci_spec::runtime::{Process, Spec};
 
 use self::sandbox::Sandbox;
 use crate::container::backend::{
-    self, Backend, Bundle, Error, Execution, ExitStatus, ProcessInfo, Stats, Streams, WindowSize,
+    Backend, Bundle, Error, Execution, ExitStatus, ProcessInfo, Stats, Streams, WindowSize,
 };
 use crate::container::config::{ContainerConfig, Limits};
 use crate::container::network::{Interface, TapPlug};
 use crate::guest::client::{self, Client};
 use crate::guest::protocol::{self, Event, FIRST_PROCESS, Failure, Target};
 use crate::guest::spec::{self as agent, ProcessSpec, Root, Stdio, Upper, Volume};
-use crate::vm::config::{Disk, Mac, Net, Size, VmConfig};
+use crate::vm::config::{Disk, DiskPart as Part, Mac, Net, Size, VmConfig};
 
 pub use self::sandbox::leave;
 
@@ -116,7 +116,8 @@ impl Microvm {
             return Ok(Running { sandbox, client });
         }
         make_disk(&self.place.writable, config.limits.disk_bytes.unwrap_or(WRITABLE_BYTES))?;
-        let mut layers = Disk::layers(self.place.layers.iter().cloned());
+        let part = |(at, path): (usize, &PathBuf)| Part { path: path.clone(), name: format!("layer{at}") };
+        let mut layers = Disk::composed(self.place.layers.iter().enumerate().map(part).collect());
         layers.id = Some(LAYERS_DISK.into());
         layers.queues = Some(1);
         let mut writable = Disk::new(&self.place.writable);
@@ -466,6 +467,6 @@ mod tests {
     #[test]
     fn backend_errors_keep_their_kind() {
         let error = agent_error("x")(client::Error::Ended);
-        assert!(matches!(error, backend::Error::Failed { .. }));
+        assert!(matches!(error, Error::Failed { .. }));
     }
 }

@@ -336,7 +336,7 @@ fn limits(resources: &LinuxResources) -> Limits {
             1 + (shares.min(262_144) - 2) * 9999 / 262_142
         });
     }
-    limits.pids = resources.pids().as_ref().and_then(|pids| positive(pids.limit()));
+    limits.pids = resources.pids().as_ref().and_then(|pids| positive(Some(pids.limit())));
     limits
 }
 

@@ -80,6 +80,24 @@ pub struct Native {
     executions: Vec<Rc<Running>>,
 }
 
+/// Puts a bundle's layers together at its root file system's place.
+pub fn mount_rootfs(bundle: &Bundle) -> Result<(), Error> {
+    mount_layers(&bundle.layers, &bundle.writable, &bundle.rootfs)
+}
+
+/// Puts layers together (the bottom one first) under a writable directory, to be seen at `target`.
+pub fn mount_layers(layers: &[PathBuf], writable: &Path, target: &Path) -> Result<(), Error> {
+    rootfs::mount_overlay(layers, writable, target, in_user_namespace()).map_err(|source| {
+        Error::failed(format!("cannot mount {} layers at {target:?}", layers.len()), source)
+    })
+}
+
+/// Takes that away again; nothing happens if it is not there.
+pub fn unmount(target: &Path) -> Result<(), Error> {
+    rootfs::unmount_and_remove(target)
+        .map_err(|source| Error::failed(format!("cannot unmount {target:?}"), source))
+}
+
 /// A process of `exec`, shared by the container and whoever asked for it.
 struct Running {
     child: sys::Child,
@@ -101,9 +119,27 @@ impl Native {
         }
     }
 
-    /// The first process, as this host counts.
-    pub fn pid(&self) -> Option<u32> {
-        self.first.as_ref().and_then(|first| u32::try_from(first.child.pid).ok())
+    /// A container that another process has made from `spec` and looks after, to be looked at or added to.
+    pub fn open(directory: &Path, spec: Spec) -> Result<Native, Error> {
+        let mut native = Native::new(directory);
+        let record = native.read_record()?.ok_or(Error::NotRunning)?;
+        let number = record.pid.ok_or(Error::NotRunning)?;
+        let pid = Pid::from_raw(number).ok_or(Error::NotRunning)?;
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|_| Error::NotRunning)?;
+        // With the descriptor open, the number cannot be given anew.
+        if record.start_ticks.is_none() || processes::start_ticks(number) != record.start_ticks {
+            return Err(Error::NotRunning);
+        }
+        native.cgroup = Cgroup::at(&Hierarchies::find()?, &record.cgroup);
+        let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
+        native.filter = match seccomp {
+            Some(seccomp) => Some((Rc::new(compiled(seccomp)?), load_flags(seccomp))),
+            None => None,
+        };
+        native.spec = Some(spec);
+        let child = sys::Child { pid: number, pidfd };
+        native.first = Some(FirstProcess { child, terminal: None, report: None, status: None });
+        Ok(native)
     }
 
     /// Where the directory is that is to be `/run/secrets`, for [`super::spec::Inputs`].
@@ -142,12 +178,7 @@ impl Native {
         let mut spec = bundle.spec.clone();
         let user_namespace = in_user_namespace();
         if !bundle.layers.is_empty() {
-            rootfs::mount_overlay(&bundle.layers, &bundle.writable, &bundle.rootfs, user_namespace).map_err(
-                |source| {
-                    let what = format!("cannot mount {} layers at {:?}", bundle.layers.len(), bundle.rootfs);
-                    Error::failed(what, source)
-                },
-            )?;
+            mount_rootfs(bundle)?;
         }
         if !bundle.config.secrets.is_empty() {
             copy_secrets(&bundle.config.secrets, &Native::secrets_directory(&self.directory))?;
@@ -167,11 +198,7 @@ impl Native {
 
         let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
         self.filter = match seccomp {
-            Some(seccomp) => {
-                let program = compile_seccomp(seccomp)
-                    .map_err(|source| Error::failed("cannot make the container's filter", source))?;
-                Some((Rc::new(program), load_flags(seccomp)))
-            }
+            Some(seccomp) => Some((Rc::new(compiled(seccomp)?), load_flags(seccomp))),
             None => None,
         };
         let propagation = adapt(&mut spec, &self.cgroup)?;
@@ -235,6 +262,10 @@ impl Native {
 }
 
 impl Backend for Native {
+    fn pid(&self) -> Option<u32> {
+        self.first.as_ref().and_then(|first| u32::try_from(first.child.pid).ok())
+    }
+
     fn create(&mut self, bundle: &Bundle) -> Result<Streams, Error> {
         child::check_single_thread()?;
         if self.first.is_some() {
@@ -447,6 +478,10 @@ impl Execution for Rc<Running> {
     fn resize(&mut self, size: WindowSize) -> Result<(), Error> {
         resize(self.terminal.as_ref(), size)
     }
+}
+
+fn compiled(seccomp: &oci_spec::runtime::LinuxSeccomp) -> Result<Vec<u8>, Error> {
+    compile_seccomp(seccomp).map_err(|source| Error::failed("cannot make the container's filter", source))
 }
 
 fn missing(what: &str) -> Error {

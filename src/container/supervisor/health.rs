@@ -7,6 +7,7 @@ use super::process::Pipes;
 use crate::container::backend::{Backend, Error, Execution};
 use crate::container::config::{ContainerConfig, Health as Config};
 use crate::container::log::Source;
+use crate::container::records::Records;
 use crate::container::state::{Health, HealthCheck, HealthStatus, now_ns};
 
 /// Bytes of a check's output that are kept.
@@ -59,13 +60,19 @@ impl Checks {
     }
 
     /// Does what is to be done; true if the verdict or its grounds have changed.
-    pub fn step(&mut self, backend: &mut dyn Backend, config: &ContainerConfig, health: &mut Health) -> bool {
+    pub fn step(
+        &mut self,
+        backend: &mut dyn Backend,
+        records: &Records,
+        config: &ContainerConfig,
+        health: &mut Health,
+    ) -> bool {
         let now = Instant::now();
         let Some(check) = &mut self.running else {
             if now < self.due {
                 return false;
             }
-            return match self.begin(backend, config) {
+            return match self.begin(backend, records, config) {
                 Ok(check) => {
                     self.running = Some(check);
                     false
@@ -96,7 +103,7 @@ impl Checks {
         self.judge(health, started, code, output)
     }
 
-    fn begin(&self, backend: &mut dyn Backend, config: &ContainerConfig) -> Result<Check, Error> {
+    fn begin(&self, backend: &mut dyn Backend, records: &Records, config: &ContainerConfig) -> Result<Check, Error> {
         let args = match self.config.test.split_first() {
             Some((kind, line)) if kind == "CMD-SHELL" => {
                 vec!["/bin/sh".into(), "-c".into(), line.join(" ")]
@@ -104,8 +111,8 @@ impl Checks {
             Some((kind, args)) if kind == "CMD" => args.to_vec(),
             _ => self.config.test.clone(),
         };
-        let process = crate::container::spec::exec_process(config, &args)
-            .map_err(|error| Error::failed("make a health check", error))?;
+        let process = crate::container::prepare::check_process(records, config, args)
+            .map_err(|error| Error::failed("cannot make a health check", error))?;
         let (execution, mut streams) = backend.exec(&process)?;
         streams.stdin = None;
         let pipes = Pipes::new(streams, false).map_err(|error| Error::failed("make a health check", error))?;

@@ -6,14 +6,14 @@
 
 mod clients;
 mod health;
-mod process;
+pub mod process;
 pub mod protocol;
 mod turn;
 
 use std::fs;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
@@ -86,6 +86,10 @@ pub fn supervise(records: &Records, config: ContainerConfig, life: Lock, first: 
     tracing::debug!("container {} has ended", records::short(&id));
 }
 
+fn host(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Host { what, path: path.into(), source }
+}
+
 struct Supervisor<'a> {
     records: &'a Records,
     config: ContainerConfig,
@@ -110,12 +114,10 @@ impl<'a> Supervisor<'a> {
         let roots = records.roots();
         let socket = roots.container_run(&config.id).join("control.sock");
         let log = roots.container(&config.id).join("log");
-        let at =
-            |what, path: &PathBuf| move |source| Error::Host { what, path: path.clone(), source };
         // Only who has the container's life gets here, so a socket that is there is nobody's.
         let _ = fs::remove_file(&socket);
-        let listener = UnixListener::bind(&socket).map_err(at("listen at", &socket))?;
-        listener.set_nonblocking(true).map_err(at("listen at", &socket))?;
+        let listener = UnixListener::bind(&socket).map_err(host("listen at", &socket))?;
+        listener.set_nonblocking(true).map_err(host("listen at", &socket))?;
         let mut clients = Clients::new(listener);
         if let Some(first) = first {
             clients.add(first);
@@ -128,7 +130,7 @@ impl<'a> Supervisor<'a> {
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(|errno| Error::Wait(errno.into()))?;
         let state = State { health: health::initial(&config), ..State::default() };
-        let log = log::Writer::open(&log).map_err(at("write", &log))?;
+        let log = log::Writer::open(&log).map_err(host("write", &log))?;
         Ok(Supervisor { records, config, state, clients, log, signals, stopping: None })
     }
 

@@ -111,7 +111,7 @@ impl Supervisor<'_> {
             self.serve(Some(turn));
             self.enforce(turn);
             if let (Some(checks), Some(health)) = (&mut turn.checks, &mut self.state.health)
-                && checks.step(&mut *turn.backend, &self.config, health)
+                && checks.step(&mut *turn.backend, self.records, &self.config, health)
             {
                 self.write_state();
             }
@@ -243,8 +243,10 @@ impl Supervisor<'_> {
             }
             (Request::Stop { signal, timeout_ms }, turn) => {
                 let timeout = timeout_ms.map(Duration::from_millis);
-                let backend = turn.map(|turn| &mut *turn.backend);
-                self.begin_stop(signal, timeout, backend);
+                match turn {
+                    Some(turn) => self.begin_stop(signal, timeout, Some(&mut *turn.backend)),
+                    None => self.begin_stop(signal, timeout, None),
+                }
                 Some(Event::Done)
             }
             (Request::Stdin(bytes), Some(turn)) => {
