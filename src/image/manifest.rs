@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::digest::Digest;
 use super::error::Error;
+use super::layers::Compression;
 
 /// Bytes of a manifest or index, as registries have it.
 pub const MANIFEST_MAX: u64 = 4 << 20;
@@ -113,6 +114,29 @@ pub fn choose(index: &ImageIndex) -> Result<&Descriptor, Error> {
     let there = entries().filter_map(|descriptor| descriptor.platform().as_ref());
     let names: Vec<String> = there.map(|p| format!("{}/{}", p.os(), p.architecture())).take(20).collect();
     Err(Error::invalid("the image", format!("there is none for linux/amd64, only for: {}", names.join(", "))))
+}
+
+/// A manifest in the specification's form, from the configuration's digest and size and those of the layers.
+pub fn build(config: (Digest, u64), layers: &[(Digest, u64, Compression)]) -> Result<Vec<u8>, Error> {
+    let layers: Vec<Value> = layers
+        .iter()
+        .map(|(digest, size, compression)| {
+            let suffix = match compression {
+                Compression::None => "",
+                Compression::Gzip => "+gzip",
+                Compression::Zstd => "+zstd",
+            };
+            let media_type = format!("application/vnd.oci.image.layer.v1.tar{suffix}");
+            serde_json::json!({"mediaType": media_type, "digest": digest, "size": size})
+        })
+        .collect();
+    let manifest = serde_json::json!({
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": config.0, "size": config.1},
+        "layers": layers,
+    });
+    serde_json::to_vec(&manifest).map_err(Error::json("the manifest"))
 }
 
 /// How an image's maker says that health is found out: in Docker's configurations, not in the specification's.
