@@ -20,6 +20,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::container::roots::Roots;
+use crate::image::Store;
 use crate::vm::{EXIT_FAILED, Timeline};
 
 /// Boots a Linux guest in a KVM microVM, and tells what this host can do.
@@ -95,7 +96,7 @@ pub fn engine() -> ExitCode {
     let result = match arguments.command {
         None => boot::run(arguments.boot, Timeline::start()),
         Some(Command::Container(command)) => container::run(&command),
-        Some(Command::Image(command)) => image::run(&command),
+        Some(Command::Image(command)) => on_roots(|roots| image::run(command, &Store::open(&roots.images())?)),
         Some(Command::Network(command)) => on_roots(|roots| network::run(&command, &roots.data, &roots.run)),
         Some(Command::Volume(command)) => on_roots(|roots| volume::run(&command, &roots.data)),
         Some(Command::Completions(arguments)) => completions::run(&arguments),

@@ -169,7 +169,8 @@ fn find_image(store: &Store, options: &ContainerOptions) -> anyhow::Result<Image
         }
         None => {
             let status = std::process::Command::new(engine_program::path()?)
-                .args(["pull", "--quiet-result", "--", &options.image])
+                .args(["pull", "--", &options.image])
+                .stdout(std::process::Stdio::null())
                 .status()
                 .context("cannot start the engine to fetch the image")?;
             if !status.success() {
