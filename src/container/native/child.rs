@@ -84,11 +84,8 @@ pub(super) fn create(
     })
     .map_err(|source| Error::failed("cannot make a process for the container", source))?;
 
-    drop((its_go, ends));
-    // The listener is the child's; a copy that stayed open here would only keep it from seeing its end.
-    let _ = args.notify_listener.close();
-    std::mem::forget(args);
-    drop(plan);
+    // A copy of the report's other end here would keep it open.
+    drop((its_go, ends, args, plan));
     let mut report = File::from(report);
     let ready = place(child.pid).and_then(|()| {
         let sent = File::from(go).write_all(b"g");
@@ -160,10 +157,7 @@ pub(super) fn exec(
     })
     .map_err(|source| Error::failed("cannot make a process for the container", source))?;
 
-    drop((its_go, ends));
-    let _ = args.notify_listener.close();
-    std::mem::forget(args);
-    drop(plan);
+    drop((its_go, ends, args, plan));
     let mut report = File::from(report);
     let placed = place(entering.pid).and_then(|()| {
         let sent = File::from(go).write_all(b"g");

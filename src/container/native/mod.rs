@@ -174,7 +174,7 @@ impl Native {
             }
             None => None,
         };
-        let propagation = adapt(&mut spec, &self.cgroup)?;
+        let afterwards = adapt(&mut spec, &self.cgroup)?;
         self.spec = Some(spec.clone());
 
         let v2 = self.cgroup.open_v2();
@@ -191,7 +191,8 @@ impl Native {
         let plan = |report| -> Result<Plan, Error> {
             let mut plan = Plan::new(&process, report)?;
             plan.filter.clone_from(&self.filter);
-            plan.propagation.clone_from(&propagation);
+            plan.propagation.clone_from(&afterwards.propagation);
+            plan.read_only.clone_from(&afterwards.read_only);
             plan.init = init;
             Ok(plan)
         };
@@ -520,47 +521,54 @@ fn namespaces(spec: &Spec) -> ThreadNameSpaceType {
     list.into_iter().flatten().fold(ThreadNameSpaceType::empty(), |all, namespace| all | bit(namespace.typ()))
 }
 
-/// Changes a `Spec` into what libcontainer makes right of, and says which mounts want a propagation set afterwards.
-fn adapt(spec: &mut Spec, cgroup: &Cgroup) -> Result<Vec<(PathBuf, MountPropagationFlags)>, Error> {
+/// What is left to do with a container's mounts when all of them are there.
+#[derive(Default)]
+struct Afterwards {
+    propagation: Vec<(PathBuf, MountPropagationFlags)>,
+    read_only: Vec<PathBuf>,
+}
+
+/// Changes a `Spec` into what libcontainer makes right of.
+fn adapt(spec: &mut Spec, cgroup: &Cgroup) -> Result<Afterwards, Error> {
     let mut mounts = vec![];
-    let mut propagation = vec![];
-    let (mut shared, mut read_only_cgroups) = (false, false);
+    let mut afterwards = Afterwards::default();
+    let mut shared = false;
     for mount in spec.mounts().clone().unwrap_or_default() {
         let has = |name: &str| mount.options().iter().flatten().any(|option| option == name);
-        shared |= has("shared") || has("rshared");
-        if has("slave") || has("rslave") {
+        let target = mount.destination().clone();
+        if has("shared") || has("rshared") {
+            shared = true;
+        } else if has("slave") || has("rslave") {
             let recursive =
                 if has("rslave") { MountPropagationFlags::REC } else { MountPropagationFlags::empty() };
-            propagation.push((mount.destination().clone(), MountPropagationFlags::DOWNSTREAM | recursive));
-        } else if mount.typ().as_deref() == Some("bind") && !has("shared") && !has("rshared") {
-            propagation.push((
-                mount.destination().clone(),
-                MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
-            ));
+            afterwards.propagation.push((target, MountPropagationFlags::DOWNSTREAM | recursive));
+        } else if mount.typ().as_deref() == Some("bind") {
+            let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+            afterwards.propagation.push((target, flags));
         }
         if mount.typ().as_deref() == Some("cgroup") && !cgroup.is_unified() {
-            read_only_cgroups |= has("ro");
             mounts.extend(v1_mounts(&mount, cgroup, has("ro"))?);
+            if has("ro") {
+                afterwards.read_only.push(mount.destination().clone());
+            }
         } else {
             mounts.push(mount);
         }
     }
-    let all_private = propagation.iter().all(|(_, flags)| flags.contains(MountPropagationFlags::PRIVATE));
+    let is_private =
+        |(_, flags): &(PathBuf, MountPropagationFlags)| flags.contains(MountPropagationFlags::PRIVATE);
     let linux = spec.linux_mut().as_mut().ok_or_else(|| missing("linux section"))?;
     if linux.rootfs_propagation().is_none() {
         if shared {
             linux.set_rootfs_propagation(Some("shared".into()));
-        } else if all_private {
+        } else if afterwards.propagation.iter().all(is_private) {
             // All that is mounted is private from the start, and nothing has to be set afterwards.
             linux.set_rootfs_propagation(Some("private".into()));
-            propagation.clear();
+            afterwards.propagation.clear();
         }
     }
-    if read_only_cgroups && let Some(paths) = linux.readonly_paths().clone() {
-        linux.set_readonly_paths(Some([paths, vec!["/sys/fs/cgroup".into()]].concat()));
-    }
     spec.set_mounts(Some(mounts));
-    Ok(propagation)
+    Ok(afterwards)
 }
 
 /// What a container sees of control groups of version 1: its own, read-only unless it is privileged.

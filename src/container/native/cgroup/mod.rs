@@ -141,11 +141,6 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Whether it is in any hierarchy.
-    pub(super) fn is_none(&self) -> bool {
-        self.parts.is_empty()
-    }
-
     /// The part with a controller.
     fn part(&self, controller: &str) -> Option<&Part> {
         self.parts.iter().find(|part| part.controllers.iter().any(|name| name == controller))
