@@ -290,7 +290,7 @@ impl Plan {
             move |error: rustix::io::Errno| Report::failed(what, &std::io::Error::from(error))
         };
         for (resource, limit, name) in &self.rlimits {
-            setrlimit(*resource, limit.clone()).map_err(|error| {
+            setrlimit(*resource, *limit).map_err(|error| {
                 let shown = |value: Option<u64>| value.map_or("unlimited".to_owned(), |value| value.to_string());
                 let hard = rustix::process::getrlimit(*resource).maximum;
                 let what = format!(
