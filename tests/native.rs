@@ -2,6 +2,8 @@
 
 #[path = "native/container.rs"]
 mod container;
+#[path = "native/hosts.rs"]
+mod hosts;
 #[path = "native/life.rs"]
 mod life;
 #[path = "native/limits.rs"]

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
@@ -42,6 +43,7 @@ fn layer() -> Option<&'static Path> {
         for directory in ["bin", "etc", "tmp", "root", "home/ann"] {
             fs::create_dir_all(layer.path().join(directory)).expect("a directory");
         }
+        fs::set_permissions(layer.path(), PermissionsExt::from_mode(0o755)).expect("a mode");
         fs::copy(&busybox, layer.path().join("bin/busybox")).expect("busybox");
         let names = Command::new(&busybox).arg("--list").output().expect("busybox");
         for name in String::from_utf8_lossy(&names.stdout).lines().filter(|name| *name != "busybox") {
@@ -64,6 +66,8 @@ pub struct Plan {
     pub layers: Vec<PathBuf>,
     pub volumes: BTreeMap<String, PathBuf>,
     pub host_network: bool,
+    /// The user that makes it, instead of root.
+    pub user: Option<u32>,
     directory: tempfile::TempDir,
 }
 
@@ -128,7 +132,7 @@ impl Plan {
             secrets: vec![],
         };
         let layers = layer().map(Path::to_owned).into_iter().collect();
-        Plan { config, layers, volumes: BTreeMap::new(), host_network: false, directory }
+        Plan { config, layers, volumes: BTreeMap::new(), host_network: false, user: None, directory }
     }
 
     /// One that runs a line of shell.
@@ -151,9 +155,21 @@ impl Plan {
     pub fn driver(self) -> Container {
         let setup = json!({
             "directory": self.directory.path(), "layers": self.layers, "config": self.config,
-            "host_network": self.host_network, "volumes": self.volumes,
+            "host_network": self.host_network, "volumes": self.volumes, "rootless": self.user.is_some(),
         });
-        Container::drive(setup.to_string(), self.config.id, self.directory)
+        let command = match self.user {
+            None => Command::new(driver()),
+            Some(user) => {
+                // Where it was built may be out of the user's reach.
+                let own = self.directory.path().join("driver");
+                fs::copy(driver(), &own).expect("a copy");
+                chown(self.directory.path(), Some(user), Some(user)).expect("an owner");
+                let mut command = Command::new(own);
+                command.uid(user).gid(user);
+                command
+            }
+        };
+        Container::drive(command, setup.to_string(), self.config.id, self.directory)
     }
 
     /// Creates and starts it.
@@ -172,16 +188,25 @@ impl Plan {
         end
     }
 
-    /// What it says if it cannot be created or started, and the exit code for that.
+    /// What it says if it cannot be created or started, and the exit code for that. Nothing is left then.
     pub fn fails(self) -> (String, u64) {
+        let (failure, mut container) = self.fail();
+        container.delete();
+        failure
+    }
+
+    /// The same without a look at what is left.
+    pub fn fails_without_look(self) -> (String, u64) {
+        self.fail().0
+    }
+
+    fn fail(self) -> ((String, u64), Container) {
         let mut container = self.driver();
         let mut answer = container.request(json!("create"));
         if answer.get("error").is_none() {
             answer = container.request(json!("start"));
         }
-        let failure = failure(&answer).unwrap_or_else(|| panic!("it starts: {answer}"));
-        container.delete();
-        failure
+        (failure(&answer).unwrap_or_else(|| panic!("it starts: {answer}")), container)
     }
 }
 
@@ -190,9 +215,8 @@ fn failure(answer: &Value) -> Option<(String, u64)> {
 }
 
 impl Container {
-    fn drive(setup: String, id: String, directory: tempfile::TempDir) -> Container {
-        let mut child =
-            Command::new(driver()).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the driver");
+    fn drive(mut command: Command, setup: String, id: String, directory: tempfile::TempDir) -> Container {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the driver");
         let mut input = child.stdin.take().expect("its input");
         writeln!(input, "{setup}").expect("the driver listens");
         let output = BufReader::new(child.stdout.take().expect("its output"));
@@ -279,7 +303,7 @@ impl Container {
         self.child.kill().expect("a kill");
         self.child.wait().expect("an end");
         let directory = std::mem::replace(&mut self.directory, tempfile::tempdir().expect("a directory"));
-        Container::drive(self.setup.clone(), self.id.clone(), directory)
+        Container::drive(Command::new(driver()), self.setup.clone(), self.id.clone(), directory)
     }
 
     /// Where its files are.

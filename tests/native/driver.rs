@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rvmm::container::backend::{Backend, Bundle, Error, Execution, ExitStatus, Streams, WindowSize};
 use rvmm::container::config::{ContainerConfig, Process};
-use rvmm::container::native::Native;
+use rvmm::container::native::{Native, enter_user_namespace};
 use rvmm::container::spec::{self, Inputs, NetworkNamespace, Users};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -25,7 +25,9 @@ struct Setup {
     config: ContainerConfig,
     host_network: bool,
     volumes: BTreeMap<String, PathBuf>,
-    /// Only an OCI bundle is written, for other runtimes.
+    /// Whether a user namespace is entered first.
+    #[serde(default)]
+    rootless: bool,
     #[serde(default)]
     cgroup: Option<PathBuf>,
 }
@@ -120,6 +122,9 @@ fn failure(error: &Error) -> Value {
 
 fn serve() {
     let setup = setup();
+    if setup.rootless {
+        enter_user_namespace().unwrap_or_else(|error| panic!("{}", rvmm::error_chain(&error)));
+    }
     let mut native = Native::new(&setup.directory);
     let mut running = vec![Running::default()];
     for line in std::io::stdin().lines() {

@@ -161,7 +161,7 @@ fn small_init_reaps_hands_signals_on_and_ends_as_its_child() {
     assert_eq!(init(Plan::new(&["nowhere"])).fails().1, 127);
 
     let mut container =
-        init(Plan::shell("echo ready; trap 'echo once; exit 2' INT; while :; do sleep 0.05; done"))
+        init(Plan::shell("trap 'echo once; exit 2' INT; echo ready; while :; do sleep 0.05; done"))
             .with(|config| config.process.terminal = true)
             .start();
     container.expect(0, "ready");

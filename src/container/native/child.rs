@@ -362,7 +362,7 @@ fn container_process_started(
     sys::default_signals();
     // Its memory is a copy of the parent's.
     let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
-    if let Err(error) = set_thread_groups(groups) {
+    if let Err(error) = set_groups(groups) {
         Report::failed("cannot set the process's groups", &io::Error::from(error)).send(&plan.report);
         return 1;
     }
@@ -372,6 +372,17 @@ fn container_process_started(
         Report::failed("cannot set up the container", &error).send(&plan.report);
     }
     1
+}
+
+/// Sets the process's groups. In a user namespace where they cannot be changed, only the first could be meant.
+fn set_groups(groups: &[rustix::process::Gid]) -> rustix::io::Result<()> {
+    match set_thread_groups(groups) {
+        Err(rustix::io::Errno::PERM) if groups.len() <= 1 => {
+            let setting = std::fs::read_to_string("/proc/self/setgroups").unwrap_or_default();
+            if setting.trim() == "deny" { Ok(()) } else { Err(rustix::io::Errno::PERM) }
+        }
+        result => result,
+    }
 }
 
 /// Lets a first process go on to its program.

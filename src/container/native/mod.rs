@@ -12,6 +12,7 @@ mod child;
 mod processes;
 mod program;
 mod rootfs;
+mod rootless;
 mod streams;
 mod sys;
 
@@ -38,6 +39,8 @@ use super::backend::{
 };
 use super::config::Secret;
 use super::spec::{compile_seccomp, load_flags};
+
+pub use rootless::{cgroup_path, enter_user_namespace};
 
 /// What was made for a container, for whoever has to clear it away.
 const RECORD: &str = "native.json";
@@ -140,7 +143,7 @@ impl Native {
     /// All but the record, which the caller has written.
     fn make(&mut self, bundle: &Bundle, record: &mut Record) -> Result<Streams, Error> {
         let mut spec = bundle.spec.clone();
-        let user_namespace = in_user_namespace();
+        let user_namespace = rootless::in_user_namespace();
         if !bundle.layers.is_empty() {
             rootfs::mount_overlay(&bundle.layers, &bundle.writable, &bundle.rootfs, user_namespace).map_err(
                 |source| {
@@ -174,6 +177,10 @@ impl Native {
             }
             None => None,
         };
+        if user_namespace {
+            check_users(&process)?;
+            adapt_to_users(&mut spec);
+        }
         let afterwards = adapt(&mut spec, &self.cgroup)?;
         self.spec = Some(spec.clone());
 
@@ -493,13 +500,6 @@ fn set_oom_score(pid: i32, score: Option<i32>) -> Result<(), Error> {
     })
 }
 
-/// Whether this process's users are not the host's.
-fn in_user_namespace() -> bool {
-    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    let words: Vec<&str> = map.split_whitespace().collect();
-    !words.is_empty() && words != ["0", "0", "4294967295"]
-}
-
 fn has_new_namespace(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     let list = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     list.into_iter().flatten().any(|namespace| namespace.typ() == kind && namespace.path().is_none())
@@ -569,6 +569,44 @@ fn adapt(spec: &mut Spec, cgroup: &Cgroup) -> Result<Afterwards, Error> {
     }
     spec.set_mounts(Some(mounts));
     Ok(afterwards)
+}
+
+/// Without root there are only the users that the host has set aside.
+fn check_users(process: &Process) -> Result<(), Error> {
+    let user = process.user();
+    let groups = user.additional_gids().iter().flatten().copied().chain([user.gid()]);
+    let missing = (!rootless::has_user(user.uid())).then(|| ("user", user.uid()));
+    let missing = missing
+        .or_else(|| groups.into_iter().find(|gid| !rootless::has_group(*gid)).map(|gid| ("group", gid)));
+    missing.map_or(Ok(()), |(kind, id)| {
+        let what = format!("there is no {kind} {id}: /etc/sub{}id sets none aside for you", &kind[..1]);
+        Err(Error::Unsupported { what })
+    })
+}
+
+/// Leaves out what only the host's root can do.
+fn adapt_to_users(spec: &mut Spec) {
+    let host_network = {
+        let list = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+        !list.into_iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::Network)
+    };
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        let mut options = mount.options().clone().unwrap_or_default();
+        if mount.typ().as_deref() == Some("devpts") && !rootless::has_group(5) {
+            options.retain(|option| option != "gid=5");
+        }
+        if mount.typ().as_deref() == Some("sysfs") && host_network {
+            // A view of the host's network is not to be had anew.
+            mount.set_typ(Some("bind".into()));
+            mount.set_source(Some("/sys".into()));
+            options.extend(["rbind".to_owned(), "rprivate".to_owned(), "rro".to_owned()]);
+        }
+        mount.set_options(Some(options));
+    }
+    if let Some(sysctl) = spec.linux_mut().as_mut().and_then(|linux| linux.sysctl_mut().as_mut()) {
+        // It names groups, and most are not there.
+        sysctl.remove("net.ipv4.ping_group_range");
+    }
 }
 
 /// What a container sees of control groups of version 1: its own, read-only unless it is privileged.

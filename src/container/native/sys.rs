@@ -78,6 +78,13 @@ pub(super) fn spawn(
     }
 }
 
+/// Leaves namespaces for new ones, by flags of unshare(2).
+pub(super) fn unshare(flags: u32) -> io::Result<()> {
+    // SAFETY: a plain call on a number; no memory or descriptor table is shared with others that it could be taken from.
+    let result = unsafe { libc::unshare(flags as libc::c_int) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Makes a child by fork(2), which filters know, and returns its number.
 pub(super) fn fork(child: impl FnOnce() -> i32) -> io::Result<i32> {
     // SAFETY: this process has one thread, so the copy is whole; it ends in the closure's code or at once.
