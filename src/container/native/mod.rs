@@ -38,7 +38,7 @@ use super::backend::{
     Backend, Bundle, Error, Execution, ExitStatus, ProcessInfo, Stats, Streams, WindowSize,
 };
 use super::config::Secret;
-use super::spec::{compile_seccomp, load_flags};
+use super::spec::{compile_seccomp, compile_seccomp_cached, load_flags};
 
 pub use rootless::{cgroup_path, enter_user_namespace};
 
@@ -55,7 +55,8 @@ const SECRET_BYTES_MAX: u64 = 1 << 20;
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Record {
-    rootfs: PathBuf,
+    /// Where the overlay is; `None` for a root file system that was there before.
+    overlay: Option<PathBuf>,
     cgroup: PathBuf,
     /// The first process, once there is one.
     pid: Option<i32>,
@@ -75,6 +76,7 @@ struct FirstProcess {
 /// A native container.
 pub struct Native {
     directory: PathBuf,
+    filters: Option<PathBuf>,
     cgroup: Cgroup,
     spec: Option<Spec>,
     /// The compiled filter and its flags.
@@ -96,12 +98,19 @@ impl Native {
     pub fn new(directory: &Path) -> Native {
         Native {
             directory: directory.into(),
+            filters: None,
             cgroup: Cgroup::default(),
             spec: None,
             filter: None,
             first: None,
             executions: vec![],
         }
+    }
+
+    /// Keeps compiled filters in a directory that no other user can write to.
+    pub fn keep_filters_in(mut self, directory: &Path) -> Native {
+        self.filters = Some(directory.into());
+        self
     }
 
     /// The first process, as this host counts.
@@ -171,8 +180,12 @@ impl Native {
         let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
         self.filter = match seccomp {
             Some(seccomp) => {
-                let program = compile_seccomp(seccomp)
-                    .map_err(|source| Error::failed("cannot make the container's filter", source))?;
+                let program = match &self.filters {
+                    Some(cache) => compile_seccomp_cached(seccomp, cache),
+                    None => compile_seccomp(seccomp),
+                };
+                let program =
+                    program.map_err(|source| Error::failed("cannot make the container's filter", source))?;
                 Some((Rc::new(program), load_flags(seccomp)))
             }
             None => None,
@@ -249,8 +262,8 @@ impl Backend for Native {
             return Err(Error::failed("cannot make the container", "it is there already"));
         }
         let cgroup = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
-        let mut record =
-            Record { rootfs: bundle.rootfs.clone(), cgroup: cgroup.unwrap_or_default(), ..Record::default() };
+        let overlay = (!bundle.layers.is_empty()).then(|| bundle.rootfs.clone());
+        let mut record = Record { overlay, cgroup: cgroup.unwrap_or_default(), ..Record::default() };
         if !record.cgroup.as_os_str().is_empty() && !record.cgroup.is_absolute() {
             let what = "the container's control group is not an absolute path";
             return Err(Error::Unsupported { what: what.into() });
@@ -413,8 +426,8 @@ impl Backend for Native {
         };
         let secrets = Native::secrets_directory(&self.directory);
         rootfs::unmount_and_remove(&secrets).map_err(failed("unmount", &secrets))?;
-        if record.rootfs.starts_with(&self.directory) {
-            rootfs::unmount_and_remove(&record.rootfs).map_err(failed("unmount", &record.rootfs))?;
+        if let Some(overlay) = &record.overlay {
+            rootfs::unmount_and_remove(overlay).map_err(failed("unmount", overlay))?;
         }
         for file in [START_SOCKET, RECORD] {
             let path = self.directory.join(file);
