@@ -201,7 +201,9 @@ fn root_file_system_may_be_read_only_and_writes_stay_in_the_upper_directory() {
         .with(|config| config.read_only = true)
         .run();
     assert_eq!(end.stdout, "1\n0\n");
-    let mut container = Plan::shell("echo new >/file; rm /etc/group; mkdir /d").start();
+    let mut container = Plan::shell("echo new >/file; rm /etc/group; mkdir /d")
+        .with(|config| config.auto_remove = false)
+        .start();
     container.wait(0);
     assert_eq!(fs::read_to_string(container.path().join("rw/upper/file")).unwrap(), "new\n");
     container.delete();

@@ -154,12 +154,17 @@ impl Native {
         let mut spec = bundle.spec.clone();
         let user_namespace = rootless::in_user_namespace();
         if !bundle.layers.is_empty() {
-            rootfs::mount_overlay(&bundle.layers, &bundle.writable, &bundle.rootfs, user_namespace).map_err(
-                |source| {
-                    let what = format!("cannot mount {} layers at {:?}", bundle.layers.len(), bundle.rootfs);
-                    Error::failed(what, source)
-                },
-            )?;
+            rootfs::mount_overlay(&rootfs::Overlay {
+                layers: &bundle.layers,
+                writable: &bundle.writable,
+                target: &bundle.rootfs,
+                user_namespace,
+                volatile: bundle.config.auto_remove,
+            })
+            .map_err(|source| {
+                let what = format!("cannot mount {} layers at {:?}", bundle.layers.len(), bundle.rootfs);
+                Error::failed(what, source)
+            })?;
         }
         if !bundle.config.secrets.is_empty() {
             copy_secrets(&bundle.config.secrets, &Native::secrets_directory(&self.directory))?;
@@ -197,15 +202,13 @@ impl Native {
         let afterwards = adapt(&mut spec, &self.cgroup)?;
         self.spec = Some(spec.clone());
 
-        let v2 = self.cgroup.open_v2();
-        let into_v2 = v2.is_some();
         let first = child::First {
             own_pid_namespace: has_new_namespace(&spec, LinuxNamespaceType::Pid),
             spec,
             rootfs: &bundle.rootfs,
             socket: &self.directory.join(START_SOCKET),
             stdin: bundle.config.process.stdin,
-            cgroup: v2,
+            cgroup: &self.cgroup,
         };
         let init = bundle.config.process.init;
         let plan = |report| -> Result<Plan, Error> {
@@ -219,7 +222,6 @@ impl Native {
         let oom_score = process.oom_score_adj();
         let place = |pid| -> Result<(), Error> {
             set_oom_score(pid, oom_score)?;
-            self.cgroup.join(pid, !into_v2)?;
             record.pid = Some(pid);
             record.start_ticks = processes::start_ticks(pid);
             self.write_record(record)
@@ -367,23 +369,23 @@ impl Backend for Native {
         let spec = child::spec_for_exec(container, process);
         let socket = self.directory.join(child::socket_name(&first.child.pidfd));
         let filter = self.filter.clone();
-        let namespaces = namespaces(container);
+        let target = child::Target {
+            first: &first.child.pidfd,
+            namespaces: namespaces(container),
+            cgroup: &self.cgroup,
+        };
         let oom_score = process.oom_score_adj();
         let created = child::exec(
-            &first.child.pidfd,
+            target,
             spec,
             &socket,
             true,
-            namespaces,
             |report| {
                 let mut plan = Plan::new(process, report)?;
                 plan.filter = filter;
                 Ok(plan)
             },
-            |pid| {
-                set_oom_score(pid, oom_score)?;
-                self.cgroup.join(pid, true)
-            },
+            |pid| set_oom_score(pid, oom_score),
         )?;
         let running =
             Rc::new(Running { child: created.child, terminal: created.terminal, status: Cell::new(None) });
