@@ -11,6 +11,7 @@ mod cli;
 mod console;
 mod fs;
 mod linux;
+mod native;
 mod nested_host;
 mod net;
 mod network;

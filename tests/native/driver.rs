@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rvmm::container::backend::{Backend, Bundle, Error, Execution, ExitStatus, Streams, WindowSize};
 use rvmm::container::config::{ContainerConfig, Process};
-use rvmm::container::native::Native;
+use rvmm::container::native::{Native, enter_user_namespace};
 use rvmm::container::spec::{self, Inputs, NetworkNamespace, Users};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -22,12 +22,20 @@ use serde_json::{Value, json};
 struct Setup {
     directory: PathBuf,
     layers: Vec<PathBuf>,
+    /// A root file system that is there already; then there are no layers.
+    #[serde(default)]
+    rootfs: Option<PathBuf>,
     config: ContainerConfig,
     host_network: bool,
     volumes: BTreeMap<String, PathBuf>,
-    /// Only an OCI bundle is written, for other runtimes.
+    /// Whether a user namespace is entered first.
+    #[serde(default)]
+    rootless: bool,
     #[serde(default)]
     cgroup: Option<PathBuf>,
+    /// Where compiled filters are kept.
+    #[serde(default)]
+    filters: Option<PathBuf>,
 }
 
 #[derive(Deserialize)]
@@ -86,7 +94,7 @@ fn setup() -> Setup {
 
 fn bundle(setup: &Setup) -> Result<Bundle, String> {
     let users = Users::in_layers(&setup.layers).map_err(|error| rvmm::error_chain(&error))?;
-    let rootfs = setup.directory.join("rootfs");
+    let rootfs = setup.rootfs.clone().unwrap_or_else(|| setup.directory.join("rootfs"));
     let cgroup =
         setup.cgroup.clone().unwrap_or_else(|| PathBuf::from(format!("/rvmm-test/{}", setup.config.id)));
     let inputs = Inputs {
@@ -114,13 +122,24 @@ fn bundle(setup: &Setup) -> Result<Bundle, String> {
     })
 }
 
+fn native(setup: &Setup) -> Native {
+    let native = Native::new(&setup.directory);
+    match &setup.filters {
+        Some(filters) => native.keep_filters_in(filters),
+        None => native,
+    }
+}
+
 fn failure(error: &Error) -> Value {
     json!({ "error": rvmm::error_chain(error), "code": error.docker_code() })
 }
 
 fn serve() {
     let setup = setup();
-    let mut native = Native::new(&setup.directory);
+    if setup.rootless {
+        enter_user_namespace().unwrap_or_else(|error| panic!("{}", rvmm::error_chain(&error)));
+    }
+    let mut native = native(&setup);
     let mut running = vec![Running::default()];
     for line in std::io::stdin().lines() {
         let request: Request = serde_json::from_str(&line.expect("a line")).expect("a request");
@@ -289,9 +308,7 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
 /// Writes `config.json` and mounts nothing: the same container for other runtimes.
 fn bundle_file() {
     let setup = setup();
-    let mut bundle = bundle(&setup).expect("a container");
-    let rootfs = bundle.rootfs.clone();
-    bundle.spec.root_mut().as_mut().expect("a root").set_path(rootfs);
+    let bundle = bundle(&setup).expect("a container");
     bundle.spec.save(setup.directory.join("config.json")).expect("a file");
 }
 
@@ -303,7 +320,7 @@ fn bench(count: usize) {
         let mut times = vec![Instant::now()];
         let bundle = bundle(&setup).expect("a container");
         times.push(Instant::now());
-        let mut native = Native::new(&setup.directory);
+        let mut native = native(&setup);
         let streams = native.create(&bundle).unwrap_or_else(|error| panic!("{}", rvmm::error_chain(&error)));
         times.push(Instant::now());
         native.start().unwrap_or_else(|error| panic!("{}", rvmm::error_chain(&error)));

@@ -25,6 +25,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces, set_thread_groups};
 use tracing::subscriber::{NoSubscriber, with_default};
 
+use super::cgroup::Cgroup;
 use super::program::{Plan, Program, Report, die_with_parent};
 use super::streams::{self, Ends, Pending};
 use super::sys;
@@ -50,7 +51,7 @@ pub(super) struct First<'a> {
     /// Where it listens for its start.
     pub(super) socket: &'a Path,
     pub(super) stdin: bool,
-    pub(super) cgroup: Option<File>,
+    pub(super) cgroup: &'a Cgroup,
     pub(super) own_pid_namespace: bool,
 }
 
@@ -58,7 +59,7 @@ fn pipe(what: &str) -> Result<(OwnedFd, OwnedFd), Error> {
     pipe_with(PipeFlags::CLOEXEC).map_err(|source| Error::failed(what, io::Error::from(source)))
 }
 
-/// Makes the first process of a container. `place` puts it into its control group; before that it does nothing.
+/// Makes the first process of a container. Until `place` has returned, it does nothing but join its control group.
 pub(super) fn create(
     first: First,
     mut plan: impl FnMut(OwnedFd) -> Result<Plan, Error>,
@@ -77,18 +78,20 @@ pub(super) fn create(
     let mut channels = Channels::new()?;
 
     let flags = if first.own_pid_namespace { libc::CLONE_NEWPID as u64 } else { 0 };
-    let cgroup = first.cgroup.as_ref().map(File::as_fd);
-    let child = sys::spawn(flags, cgroup, || {
-        let body = || container_process(&its_go, &plan, &args, &groups, &mut channels);
+    let v2 = first.cgroup.open_v2();
+    let child = sys::spawn(flags, v2.as_ref().map(File::as_fd), || {
+        let body = || {
+            if !join(first.cgroup, v2.is_none(), &plan) || !wait_go(&its_go) {
+                return 1;
+            }
+            container_process(&plan, &args, &groups, &mut channels)
+        };
         with_default(NoSubscriber::default(), body)
     })
     .map_err(|source| Error::failed("cannot make a process for the container", source))?;
 
-    drop((its_go, ends));
-    // The listener is the child's; a copy that stayed open here would only keep it from seeing its end.
-    let _ = args.notify_listener.close();
-    std::mem::forget(args);
-    drop(plan);
+    // A copy of the report's other end here would keep it open.
+    drop((its_go, ends, args, plan));
     let mut report = File::from(report);
     let ready = place(child.pid).and_then(|()| {
         let sent = File::from(go).write_all(b"g");
@@ -105,13 +108,19 @@ pub(super) fn create(
     }
 }
 
+/// Where a further process goes.
+pub(super) struct Target<'a> {
+    pub(super) first: &'a OwnedFd,
+    pub(super) namespaces: ThreadNameSpaceType,
+    pub(super) cgroup: &'a Cgroup,
+}
+
 /// Starts a further process in a container. It runs when this returns.
 pub(super) fn exec(
-    target: &OwnedFd,
+    target: Target,
     spec: Spec,
     socket: &Path,
     stdin: bool,
-    namespaces: ThreadNameSpaceType,
     plan: impl FnOnce(OwnedFd) -> Result<Plan, Error>,
     place: impl FnOnce(i32) -> Result<(), Error>,
 ) -> Result<Created, Error> {
@@ -133,18 +142,19 @@ pub(super) fn exec(
     let args = arguments(&spec, Path::new("/"), listener, &ends, &plan, kind);
     let mut channels = Channels::new()?;
 
-    let entering = sys::spawn(0, None, || {
+    let v2 = target.cgroup.open_v2();
+    let entering = sys::spawn(0, v2.as_ref().map(File::as_fd), || {
         let body = || {
-            if !wait_go(&its_go) {
+            if !join(target.cgroup, v2.is_none(), &plan) || !wait_go(&its_go) {
                 return 1;
             }
-            if let Err(error) = move_into_thread_name_spaces(target.as_fd(), namespaces) {
+            if let Err(error) = move_into_thread_name_spaces(target.first.as_fd(), target.namespaces) {
                 let error = io::Error::from(error);
                 Report::failed("cannot enter the container", &error).send(&plan.report);
                 return 1;
             }
             // A sibling, so that it is the caller's child and not this one's.
-            let inner = || container_process_started(&plan, &args, &groups, &mut channels);
+            let inner = || container_process(&plan, &args, &groups, &mut channels);
             match sys::spawn(libc::CLONE_PARENT as u64, None, inner) {
                 Ok(child) => {
                     let sent = File::from(its_number).write_all(&child.pid.to_ne_bytes());
@@ -160,10 +170,7 @@ pub(super) fn exec(
     })
     .map_err(|source| Error::failed("cannot make a process for the container", source))?;
 
-    drop((its_go, ends));
-    let _ = args.notify_listener.close();
-    std::mem::forget(args);
-    drop(plan);
+    drop((its_go, ends, args, plan));
     let mut report = File::from(report);
     let placed = place(entering.pid).and_then(|()| {
         let sent = File::from(go).write_all(b"g");
@@ -343,22 +350,17 @@ fn wait_go(go: &OwnedFd) -> bool {
     }
 }
 
-/// The first process, from its clone on.
-fn container_process(
-    go: &OwnedFd,
-    plan: &Rc<Plan>,
-    args: &ContainerArgs,
-    groups: &[rustix::process::Gid],
-    channels: &mut Channels,
-) -> i32 {
-    // The parent may have died before.
-    if !wait_go(go) {
-        return 1;
+/// Puts the calling child into its control group.
+fn join(cgroup: &Cgroup, v2: bool, plan: &Plan) -> bool {
+    let joined = cgroup.join(v2);
+    if let Err(error) = &joined {
+        Report::failed("cannot set up the container", error).send(&plan.report);
     }
-    container_process_started(plan, args, groups, channels)
+    joined.is_ok()
 }
 
-fn container_process_started(
+/// From the new process's own hands to libcontainer's, and to its program.
+fn container_process(
     plan: &Rc<Plan>,
     args: &ContainerArgs,
     groups: &[rustix::process::Gid],
@@ -368,7 +370,7 @@ fn container_process_started(
     sys::default_signals();
     // Its memory is a copy of the parent's.
     let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
-    if let Err(error) = set_thread_groups(groups) {
+    if let Err(error) = set_groups(groups) {
         Report::failed("cannot set the process's groups", &io::Error::from(error)).send(&plan.report);
         return 1;
     }
@@ -378,6 +380,17 @@ fn container_process_started(
         Report::failed("cannot set up the container", &error).send(&plan.report);
     }
     1
+}
+
+/// Sets the process's groups. In a user namespace where they cannot be changed, only the first could be meant.
+fn set_groups(groups: &[rustix::process::Gid]) -> rustix::io::Result<()> {
+    match set_thread_groups(groups) {
+        Err(rustix::io::Errno::PERM) if groups.len() <= 1 => {
+            let setting = std::fs::read_to_string("/proc/self/setgroups").unwrap_or_default();
+            if setting.trim() == "deny" { Ok(()) } else { Err(rustix::io::Errno::PERM) }
+        }
+        result => result,
+    }
 }
 
 /// Lets a first process go on to its program.

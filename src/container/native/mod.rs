@@ -12,6 +12,7 @@ mod child;
 mod processes;
 mod program;
 mod rootfs;
+mod rootless;
 mod streams;
 mod sys;
 
@@ -37,7 +38,9 @@ use super::backend::{
     Backend, Bundle, Error, Execution, ExitStatus, ProcessInfo, Stats, Streams, WindowSize,
 };
 use super::config::Secret;
-use super::spec::{compile_seccomp, load_flags};
+use super::spec::{compile_seccomp, compile_seccomp_cached, load_flags};
+
+pub use rootless::{cgroup_path, enter_user_namespace};
 
 /// What was made for a container, for whoever has to clear it away.
 const RECORD: &str = "native.json";
@@ -52,7 +55,8 @@ const SECRET_BYTES_MAX: u64 = 1 << 20;
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Record {
-    rootfs: PathBuf,
+    /// Where the overlay is; `None` for a root file system that was there before.
+    overlay: Option<PathBuf>,
     cgroup: PathBuf,
     /// The first process, once there is one.
     pid: Option<i32>,
@@ -72,6 +76,7 @@ struct FirstProcess {
 /// A native container.
 pub struct Native {
     directory: PathBuf,
+    filters: Option<PathBuf>,
     cgroup: Cgroup,
     spec: Option<Spec>,
     /// The compiled filter and its flags.
@@ -82,14 +87,19 @@ pub struct Native {
 
 /// Puts a bundle's layers together at its root file system's place.
 pub fn mount_rootfs(bundle: &Bundle) -> Result<(), Error> {
-    mount_layers(&bundle.layers, &bundle.writable, &bundle.rootfs)
+    mount(&bundle.layers, &bundle.writable, &bundle.rootfs, bundle.config.auto_remove)
 }
 
-/// Puts layers together (the bottom one first) under a writable directory, to be seen at `target`.
+/// Puts layers together (the bottom one first) under a writable directory that nobody needs later, to be seen at `target`.
 pub fn mount_layers(layers: &[PathBuf], writable: &Path, target: &Path) -> Result<(), Error> {
-    rootfs::mount_overlay(layers, writable, target, in_user_namespace()).map_err(|source| {
-        Error::failed(format!("cannot mount {} layers at {target:?}", layers.len()), source)
-    })
+    mount(layers, writable, target, true)
+}
+
+fn mount(layers: &[PathBuf], writable: &Path, target: &Path, volatile: bool) -> Result<(), Error> {
+    let user_namespace = rootless::in_user_namespace();
+    let overlay = rootfs::Overlay { layers, writable, target, user_namespace, volatile };
+    rootfs::mount_overlay(&overlay)
+        .map_err(|source| Error::failed(format!("cannot mount {} layers at {target:?}", layers.len()), source))
 }
 
 /// Takes that away again; nothing happens if it is not there.
@@ -111,6 +121,7 @@ impl Native {
     pub fn new(directory: &Path) -> Native {
         Native {
             directory: directory.into(),
+            filters: None,
             cgroup: Cgroup::default(),
             spec: None,
             filter: None,
@@ -133,13 +144,27 @@ impl Native {
         native.cgroup = Cgroup::at(&Hierarchies::find()?, &record.cgroup);
         let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
         native.filter = match seccomp {
-            Some(seccomp) => Some((Rc::new(compiled(seccomp)?), load_flags(seccomp))),
+            Some(seccomp) => Some((Rc::new(native.compiled(seccomp)?), load_flags(seccomp))),
             None => None,
         };
         native.spec = Some(spec);
         let child = sys::Child { pid: number, pidfd };
         native.first = Some(FirstProcess { child, terminal: None, report: None, status: None });
         Ok(native)
+    }
+
+    fn compiled(&self, seccomp: &oci_spec::runtime::LinuxSeccomp) -> Result<Vec<u8>, Error> {
+        let program = match &self.filters {
+            Some(cache) => compile_seccomp_cached(seccomp, cache),
+            None => compile_seccomp(seccomp),
+        };
+        program.map_err(|source| Error::failed("cannot make the container's filter", source))
+    }
+
+    /// Keeps compiled filters in a directory that no other user can write to.
+    pub fn keep_filters_in(mut self, directory: &Path) -> Native {
+        self.filters = Some(directory.into());
+        self
     }
 
     /// Where the directory is that is to be `/run/secrets`, for [`super::spec::Inputs`].
@@ -176,7 +201,7 @@ impl Native {
     /// All but the record, which the caller has written.
     fn make(&mut self, bundle: &Bundle, record: &mut Record) -> Result<Streams, Error> {
         let mut spec = bundle.spec.clone();
-        let user_namespace = in_user_namespace();
+        let user_namespace = rootless::in_user_namespace();
         if !bundle.layers.is_empty() {
             mount_rootfs(bundle)?;
         }
@@ -198,34 +223,36 @@ impl Native {
 
         let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
         self.filter = match seccomp {
-            Some(seccomp) => Some((Rc::new(compiled(seccomp)?), load_flags(seccomp))),
+            Some(seccomp) => Some((Rc::new(self.compiled(seccomp)?), load_flags(seccomp))),
             None => None,
         };
-        let propagation = adapt(&mut spec, &self.cgroup)?;
+        if user_namespace {
+            check_users(&process)?;
+            adapt_to_users(&mut spec);
+        }
+        let afterwards = adapt(&mut spec, &self.cgroup)?;
         self.spec = Some(spec.clone());
 
-        let v2 = self.cgroup.open_v2();
-        let into_v2 = v2.is_some();
         let first = child::First {
             own_pid_namespace: has_new_namespace(&spec, LinuxNamespaceType::Pid),
             spec,
             rootfs: &bundle.rootfs,
             socket: &self.directory.join(START_SOCKET),
             stdin: bundle.config.process.stdin,
-            cgroup: v2,
+            cgroup: &self.cgroup,
         };
         let init = bundle.config.process.init;
         let plan = |report| -> Result<Plan, Error> {
             let mut plan = Plan::new(&process, report)?;
             plan.filter.clone_from(&self.filter);
-            plan.propagation.clone_from(&propagation);
+            plan.propagation.clone_from(&afterwards.propagation);
+            plan.read_only.clone_from(&afterwards.read_only);
             plan.init = init;
             Ok(plan)
         };
         let oom_score = process.oom_score_adj();
         let place = |pid| -> Result<(), Error> {
             set_oom_score(pid, oom_score)?;
-            self.cgroup.join(pid, !into_v2)?;
             record.pid = Some(pid);
             record.start_ticks = processes::start_ticks(pid);
             self.write_record(record)
@@ -272,8 +299,8 @@ impl Backend for Native {
             return Err(Error::failed("cannot make the container", "it is there already"));
         }
         let cgroup = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
-        let mut record =
-            Record { rootfs: bundle.rootfs.clone(), cgroup: cgroup.unwrap_or_default(), ..Record::default() };
+        let overlay = (!bundle.layers.is_empty()).then(|| bundle.rootfs.clone());
+        let mut record = Record { overlay, cgroup: cgroup.unwrap_or_default(), ..Record::default() };
         if !record.cgroup.as_os_str().is_empty() && !record.cgroup.is_absolute() {
             let what = "the container's control group is not an absolute path";
             return Err(Error::Unsupported { what: what.into() });
@@ -377,23 +404,23 @@ impl Backend for Native {
         let spec = child::spec_for_exec(container, process);
         let socket = self.directory.join(child::socket_name(&first.child.pidfd));
         let filter = self.filter.clone();
-        let namespaces = namespaces(container);
+        let target = child::Target {
+            first: &first.child.pidfd,
+            namespaces: namespaces(container),
+            cgroup: &self.cgroup,
+        };
         let oom_score = process.oom_score_adj();
         let created = child::exec(
-            &first.child.pidfd,
+            target,
             spec,
             &socket,
             true,
-            namespaces,
             |report| {
                 let mut plan = Plan::new(process, report)?;
                 plan.filter = filter;
                 Ok(plan)
             },
-            |pid| {
-                set_oom_score(pid, oom_score)?;
-                self.cgroup.join(pid, true)
-            },
+            |pid| set_oom_score(pid, oom_score),
         )?;
         let running =
             Rc::new(Running { child: created.child, terminal: created.terminal, status: Cell::new(None) });
@@ -436,8 +463,8 @@ impl Backend for Native {
         };
         let secrets = Native::secrets_directory(&self.directory);
         rootfs::unmount_and_remove(&secrets).map_err(failed("unmount", &secrets))?;
-        if record.rootfs.starts_with(&self.directory) {
-            rootfs::unmount_and_remove(&record.rootfs).map_err(failed("unmount", &record.rootfs))?;
+        if let Some(overlay) = &record.overlay {
+            rootfs::unmount_and_remove(overlay).map_err(failed("unmount", overlay))?;
         }
         for file in [START_SOCKET, RECORD] {
             let path = self.directory.join(file);
@@ -478,10 +505,6 @@ impl Execution for Rc<Running> {
     fn resize(&mut self, size: WindowSize) -> Result<(), Error> {
         resize(self.terminal.as_ref(), size)
     }
-}
-
-fn compiled(seccomp: &oci_spec::runtime::LinuxSeccomp) -> Result<Vec<u8>, Error> {
-    compile_seccomp(seccomp).map_err(|source| Error::failed("cannot make the container's filter", source))
 }
 
 fn missing(what: &str) -> Error {
@@ -527,13 +550,6 @@ fn set_oom_score(pid: i32, score: Option<i32>) -> Result<(), Error> {
     })
 }
 
-/// Whether this process's users are not the host's.
-fn in_user_namespace() -> bool {
-    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    let words: Vec<&str> = map.split_whitespace().collect();
-    !words.is_empty() && words != ["0", "0", "4294967295"]
-}
-
 fn has_new_namespace(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     let list = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     list.into_iter().flatten().any(|namespace| namespace.typ() == kind && namespace.path().is_none())
@@ -555,47 +571,92 @@ fn namespaces(spec: &Spec) -> ThreadNameSpaceType {
     list.into_iter().flatten().fold(ThreadNameSpaceType::empty(), |all, namespace| all | bit(namespace.typ()))
 }
 
-/// Changes a `Spec` into what libcontainer makes right of, and says which mounts want a propagation set afterwards.
-fn adapt(spec: &mut Spec, cgroup: &Cgroup) -> Result<Vec<(PathBuf, MountPropagationFlags)>, Error> {
+/// What is left to do with a container's mounts when all of them are there.
+#[derive(Default)]
+struct Afterwards {
+    propagation: Vec<(PathBuf, MountPropagationFlags)>,
+    read_only: Vec<PathBuf>,
+}
+
+/// Changes a `Spec` into what libcontainer makes right of.
+fn adapt(spec: &mut Spec, cgroup: &Cgroup) -> Result<Afterwards, Error> {
     let mut mounts = vec![];
-    let mut propagation = vec![];
-    let (mut shared, mut read_only_cgroups) = (false, false);
+    let mut afterwards = Afterwards::default();
+    let mut shared = false;
     for mount in spec.mounts().clone().unwrap_or_default() {
         let has = |name: &str| mount.options().iter().flatten().any(|option| option == name);
-        shared |= has("shared") || has("rshared");
-        if has("slave") || has("rslave") {
+        let target = mount.destination().clone();
+        if has("shared") || has("rshared") {
+            shared = true;
+        } else if has("slave") || has("rslave") {
             let recursive =
                 if has("rslave") { MountPropagationFlags::REC } else { MountPropagationFlags::empty() };
-            propagation.push((mount.destination().clone(), MountPropagationFlags::DOWNSTREAM | recursive));
-        } else if mount.typ().as_deref() == Some("bind") && !has("shared") && !has("rshared") {
-            propagation.push((
-                mount.destination().clone(),
-                MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
-            ));
+            afterwards.propagation.push((target, MountPropagationFlags::DOWNSTREAM | recursive));
+        } else if mount.typ().as_deref() == Some("bind") {
+            let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+            afterwards.propagation.push((target, flags));
         }
         if mount.typ().as_deref() == Some("cgroup") && !cgroup.is_unified() {
-            read_only_cgroups |= has("ro");
             mounts.extend(v1_mounts(&mount, cgroup, has("ro"))?);
+            if has("ro") {
+                afterwards.read_only.push(mount.destination().clone());
+            }
         } else {
             mounts.push(mount);
         }
     }
-    let all_private = propagation.iter().all(|(_, flags)| flags.contains(MountPropagationFlags::PRIVATE));
+    let is_private =
+        |(_, flags): &(PathBuf, MountPropagationFlags)| flags.contains(MountPropagationFlags::PRIVATE);
     let linux = spec.linux_mut().as_mut().ok_or_else(|| missing("linux section"))?;
     if linux.rootfs_propagation().is_none() {
         if shared {
             linux.set_rootfs_propagation(Some("shared".into()));
-        } else if all_private {
+        } else if afterwards.propagation.iter().all(is_private) {
             // All that is mounted is private from the start, and nothing has to be set afterwards.
             linux.set_rootfs_propagation(Some("private".into()));
-            propagation.clear();
+            afterwards.propagation.clear();
         }
     }
-    if read_only_cgroups && let Some(paths) = linux.readonly_paths().clone() {
-        linux.set_readonly_paths(Some([paths, vec!["/sys/fs/cgroup".into()]].concat()));
-    }
     spec.set_mounts(Some(mounts));
-    Ok(propagation)
+    Ok(afterwards)
+}
+
+/// Without root there are only the users that the host has set aside.
+fn check_users(process: &Process) -> Result<(), Error> {
+    let user = process.user();
+    let groups = user.additional_gids().iter().flatten().copied().chain([user.gid()]);
+    let missing = (!rootless::has_user(user.uid())).then(|| ("user", user.uid()));
+    let missing = missing
+        .or_else(|| groups.into_iter().find(|gid| !rootless::has_group(*gid)).map(|gid| ("group", gid)));
+    missing.map_or(Ok(()), |(kind, id)| {
+        let what = format!("there is no {kind} {id}: /etc/sub{}id sets none aside for you", &kind[..1]);
+        Err(Error::Unsupported { what })
+    })
+}
+
+/// Leaves out what only the host's root can do.
+fn adapt_to_users(spec: &mut Spec) {
+    let host_network = {
+        let list = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+        !list.into_iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::Network)
+    };
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        let mut options = mount.options().clone().unwrap_or_default();
+        if mount.typ().as_deref() == Some("devpts") && !rootless::has_group(5) {
+            options.retain(|option| option != "gid=5");
+        }
+        if mount.typ().as_deref() == Some("sysfs") && host_network {
+            // A view of the host's network is not to be had anew.
+            mount.set_typ(Some("bind".into()));
+            mount.set_source(Some("/sys".into()));
+            options.extend(["rbind".to_owned(), "rprivate".to_owned(), "rro".to_owned()]);
+        }
+        mount.set_options(Some(options));
+    }
+    if let Some(sysctl) = spec.linux_mut().as_mut().and_then(|linux| linux.sysctl_mut().as_mut()) {
+        // It names groups, and most are not there.
+        sysctl.remove("net.ipv4.ping_group_range");
+    }
 }
 
 /// What a container sees of control groups of version 1: its own, read-only unless it is privileged.

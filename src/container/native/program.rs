@@ -22,7 +22,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use oci_spec::runtime::{Process, Spec};
 use rustix::fs::{FileType, Gid, Mode, Uid, fchown, fstat};
-use rustix::mount::{MountPropagationFlags, mount_change};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount_change, mount_remount};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::{
     CapabilitySet as Bits, CapabilitySets, clear_ambient_capability_set, configure_capability_in_ambient_set,
@@ -85,6 +85,8 @@ pub(super) struct Plan {
     pub(super) rlimits: Vec<(Resource, Rlimit, String)>,
     /// Mounts that get their propagation when all of them are there.
     pub(super) propagation: Vec<(PathBuf, MountPropagationFlags)>,
+    /// Mounts that become read-only when others have been made in them.
+    pub(super) read_only: Vec<PathBuf>,
     /// Whether this process stays as process 1 and the program is its child.
     pub(super) init: bool,
     /// Where errors go; it is closed with the program's exec, and that is what the parent waits for.
@@ -146,6 +148,7 @@ impl Plan {
             filter: None,
             rlimits: process.rlimits().iter().flatten().map(rlimit).collect(),
             propagation: vec![],
+            read_only: vec![],
             init: false,
             report,
             found: RefCell::default(),
@@ -162,6 +165,14 @@ impl Plan {
         };
         for (path, propagation) in &self.propagation {
             mount_change(path, *propagation).map_err(failed("cannot set the propagation of a mount"))?;
+        }
+        for path in &self.read_only {
+            let flags = MountFlags::BIND
+                | MountFlags::RDONLY
+                | MountFlags::NOSUID
+                | MountFlags::NODEV
+                | MountFlags::NOEXEC;
+            mount_remount(path, flags, "").map_err(failed("cannot make a mount read-only"))?;
         }
         self.own_streams();
         self.enter_directory()?;
@@ -279,7 +290,7 @@ impl Plan {
             move |error: rustix::io::Errno| Report::failed(what, &std::io::Error::from(error))
         };
         for (resource, limit, name) in &self.rlimits {
-            setrlimit(*resource, limit.clone()).map_err(|error| {
+            setrlimit(*resource, *limit).map_err(|error| {
                 let shown = |value: Option<u64>| value.map_or("unlimited".to_owned(), |value| value.to_string());
                 let hard = rustix::process::getrlimit(*resource).maximum;
                 let what = format!(

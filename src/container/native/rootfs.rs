@@ -17,37 +17,44 @@ const CONFIG_BYTES_MAX: usize = 255;
 /// Times that a mount point is cleared: more mounts on top of each other than anybody makes.
 const MOUNTS_MAX: usize = 16;
 
-/// Mounts layers (the bottom one first) and a writable directory at a place.
+/// An overlay to be mounted.
+pub(super) struct Overlay<'a> {
+    /// The bottom one first.
+    pub(super) layers: &'a [PathBuf],
+    /// Has `upper` and `work`, which are made if they are not there.
+    pub(super) writable: &'a Path,
+    pub(super) target: &'a Path,
+    /// Whether this is not the host's root.
+    pub(super) user_namespace: bool,
+    /// Whether what is written need not be on the disk when it is unmounted: it goes away with the container. Without
+    /// this, the unmount writes the whole file system below it out, others' files too.
+    pub(super) volatile: bool,
+}
+
+/// Mounts one.
 ///
 /// The new mount calls take a layer at a time, so there may be as many as the kernel's overlay takes (500). Before 6.5 all
 /// of them have to go into one page of options; they are named by descriptors then, which is 4 to 6 bytes for each.
-pub(super) fn mount_overlay(
-    layers: &[PathBuf],
-    writable: &Path,
-    target: &Path,
-    in_user_namespace: bool,
-) -> io::Result<()> {
-    let (upper, work) = (writable.join("upper"), writable.join("work"));
-    for directory in [target, &upper, &work] {
+pub(super) fn mount_overlay(overlay: &Overlay) -> io::Result<()> {
+    let (upper, work) = (overlay.writable.join("upper"), overlay.writable.join("work"));
+    for directory in [overlay.target, &upper, &work] {
         std::fs::create_dir_all(directory)?;
     }
-    match mount_new(layers, &upper, &work, target, in_user_namespace) {
+    if overlay.volatile {
+        // The mark of one that was not unmounted; it keeps the kernel from mounting what may be half written.
+        let _ = std::fs::remove_dir_all(work.join("work/incompat"));
+    }
+    match mount_new(overlay, &upper, &work) {
         // The option for one layer is not known, or the calls are not.
-        Err(Errno::INVAL | Errno::NOSYS) => mount_old(layers, &upper, &work, target, in_user_namespace)?,
+        Err(Errno::INVAL | Errno::NOSYS) => mount_old(overlay, &upper, &work)?,
         result => result?,
     }
     // A mount point that others see; what is mounted in it they need not.
-    mount_change(target, MountPropagationFlags::PRIVATE)?;
+    mount_change(overlay.target, MountPropagationFlags::PRIVATE)?;
     Ok(())
 }
 
-fn mount_new(
-    layers: &[PathBuf],
-    upper: &Path,
-    work: &Path,
-    target: &Path,
-    in_user_namespace: bool,
-) -> rustix::io::Result<()> {
+fn mount_new(overlay: &Overlay, upper: &Path, work: &Path) -> rustix::io::Result<()> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     let mut kept: Vec<OwnedFd> = vec![];
     let mut set = |key: &str, path: &Path| -> rustix::io::Result<()> {
@@ -59,27 +66,21 @@ fn mount_new(
         kept.push(descriptor);
         fsconfig_set_string(context.as_fd(), key, short)
     };
-    for layer in layers.iter().rev() {
+    for layer in overlay.layers.iter().rev() {
         set("lowerdir+", layer)?;
     }
     set("upperdir", upper)?;
     set("workdir", work)?;
-    if in_user_namespace {
-        fsconfig_set_flag(context.as_fd(), "userxattr")?;
+    for flag in overlay.flags() {
+        fsconfig_set_flag(context.as_fd(), flag)?;
     }
     fsconfig_set_string(context.as_fd(), "source", "overlay")?;
     fsconfig_create(context.as_fd())?;
     let made = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
-    move_mount(made.as_fd(), "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+    move_mount(made.as_fd(), "", CWD, overlay.target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
 }
 
-fn mount_old(
-    layers: &[PathBuf],
-    upper: &Path,
-    work: &Path,
-    target: &Path,
-    in_user_namespace: bool,
-) -> io::Result<()> {
+fn mount_old(overlay: &Overlay, upper: &Path, work: &Path) -> io::Result<()> {
     let mut kept: Vec<OwnedFd> = vec![];
     let mut short = |path: &Path| -> io::Result<String> {
         let descriptor = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
@@ -87,12 +88,14 @@ fn mount_old(
         kept.push(descriptor);
         Ok(name)
     };
-    let lower = layers.iter().rev().map(|layer| short(layer)).collect::<io::Result<Vec<_>>>()?.join(":");
+    let lower =
+        overlay.layers.iter().rev().map(|layer| short(layer)).collect::<io::Result<Vec<_>>>()?.join(":");
     let mut options = format!("lowerdir={lower},upperdir={},workdir={}", short(upper)?, short(work)?);
-    if in_user_namespace {
-        options.push_str(",userxattr");
+    for flag in overlay.flags() {
+        options.push(',');
+        options.push_str(flag);
     }
-    let target = std::path::absolute(target)?;
+    let target = std::path::absolute(overlay.target)?;
     let options = std::ffi::CString::new(options).map_err(io::Error::other)?;
     // Names in the options are relative to the working directory.
     let before = rustix::fs::open(".", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
@@ -100,6 +103,15 @@ fn mount_old(
     let mounted = mount("overlay", &target, "overlay", MountFlags::empty(), Some(options.as_c_str()));
     rustix::process::fchdir(&before)?;
     Ok(mounted?)
+}
+
+impl Overlay<'_> {
+    fn flags(&self) -> impl Iterator<Item = &'static str> {
+        [(self.user_namespace, "userxattr"), (self.volatile, "volatile")]
+            .into_iter()
+            .filter(|(wanted, _)| *wanted)
+            .map(|(_, flag)| flag)
+    }
 }
 
 /// A small file system in memory, for secrets.
@@ -159,6 +171,40 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
+
+    /// Both ways of mounting, for root alone.
+    #[test]
+    fn old_way_of_mounting_takes_many_layers_too() {
+        if !rustix::process::getuid().is_root() {
+            let text = b"skipped: old_way_of_mounting_takes_many_layers_too: needs root\n";
+            let _ = io::Write::write_all(&mut io::stderr(), text);
+            return;
+        }
+        let guard = tempfile::tempdir().unwrap();
+        let layers: Vec<PathBuf> = (0..120).map(|n| guard.path().join(format!("{n:0>200}"))).collect();
+        for (n, layer) in layers.iter().enumerate() {
+            fs::create_dir(layer).unwrap();
+            fs::write(layer.join("top"), n.to_string()).unwrap();
+        }
+        let target = guard.path().join("target");
+        let (upper, work) = (guard.path().join("upper"), guard.path().join("work"));
+        for directory in [&target, &upper, &work] {
+            fs::create_dir(directory).unwrap();
+        }
+        for volatile in [false, true] {
+            let overlay = Overlay {
+                layers: &layers,
+                writable: guard.path(),
+                target: &target,
+                user_namespace: false,
+                volatile,
+            };
+            mount_old(&overlay, &upper, &work).unwrap();
+            assert_eq!(fs::read_to_string(target.join("top")).unwrap(), "119");
+            unmount_and_remove(&target).unwrap();
+            fs::create_dir(&target).unwrap();
+        }
+    }
 
     #[test]
     fn directories_are_made_inside_and_links_do_not_lead_out() {

@@ -78,6 +78,13 @@ pub(super) fn spawn(
     }
 }
 
+/// Leaves namespaces for new ones, by flags of unshare(2).
+pub(super) fn unshare(flags: u32) -> io::Result<()> {
+    // SAFETY: a plain call on a number; no memory or descriptor table is shared with others that it could be taken from.
+    let result = unsafe { libc::unshare(flags as libc::c_int) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Makes a child by fork(2), which filters know, and returns its number.
 pub(super) fn fork(child: impl FnOnce() -> i32) -> io::Result<i32> {
     // SAFETY: this process has one thread, so the copy is whole; it ends in the closure's code or at once.
@@ -124,14 +131,22 @@ pub(super) fn signal_pidfd(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()>
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Highest signal of the kernel, and the bytes of its set of signals.
+const SIGNAL_MAX: i32 = 64;
+const SIGNAL_SET_BYTES: usize = 8;
+
 /// Gives all signals back their default actions, so that a program starts as it expects to.
 pub(super) fn default_signals() {
-    for signal in 1..=libc::SIGRTMAX() {
-        // SAFETY: no handler is set. Those that cannot be changed are refused, which changes nothing.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    // The kernel's structure (handler, flags, restorer, mask), all zero: the default action. The C library's call does
+    // not reach two signals that it keeps for itself, and they may have been ignored before this program was started.
+    let default = [0u64; 4];
+    let none = std::ptr::null_mut::<u64>();
+    for signal in 1..=SIGNAL_MAX {
+        // SAFETY: the structure is as large as the kernel's and is only read; no handler is set. Signals that cannot be
+        // changed are refused, which changes nothing.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), none, SIGNAL_SET_BYTES) };
     }
-    let none = nix::sys::signal::SigSet::empty();
-    let _ = none.thread_set_mask();
+    let _ = nix::sys::signal::SigSet::empty().thread_set_mask();
 }
 
 /// Loads a filter of system calls: instructions of 8 bytes each.

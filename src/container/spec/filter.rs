@@ -4,15 +4,20 @@
 //! are newer than the profile and the library: a profile that says "not permitted" by default would say so for them, too,
 //! and libraries that try the newest call first only go on to an older one if they hear "no such call".
 
+use std::fs;
 use std::io::{Read, Seek};
+use std::path::Path;
 
 use libseccomp::{ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
 use oci_spec::runtime::{
     Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSeccompOperator,
 };
+use sha2::{Digest, Sha256};
 
 /// Most instructions that a program may have (`BPF_MAXINSNS`).
 const INSTRUCTIONS_MAX: usize = 4096;
+/// Changes when this file makes another program of the same profile.
+const CACHE_VERSION: u32 = 1;
 /// Bytes of one: code, two jumps, a value.
 const INSTRUCTION_BYTES: usize = 8;
 
@@ -86,6 +91,47 @@ pub fn compile_seccomp(seccomp: &LinuxSeccomp) -> Result<Vec<u8>, FilterError> {
         return Err(FilterError::TooLong(instructions));
     }
     Ok(whole)
+}
+
+/// The same, from a directory where programs are kept by what they were made from.
+///
+/// libseccomp takes longer for Docker's profile than everything else that a container's start takes together. The
+/// directory belongs to this user alone, since what is in it is believed. Where it cannot be used, the program is made.
+pub fn compile_seccomp_cached(seccomp: &LinuxSeccomp, cache: &Path) -> Result<Vec<u8>, FilterError> {
+    let Some(path) = cache_name(seccomp).map(|name| cache.join(name)) else {
+        return compile_seccomp(seccomp);
+    };
+    if let Ok(program) = fs::read(&path)
+        && !program.is_empty()
+        && program.len() % INSTRUCTION_BYTES == 0
+        && program.len() / INSTRUCTION_BYTES <= INSTRUCTIONS_MAX
+    {
+        return Ok(program);
+    }
+    let program = compile_seccomp(seccomp)?;
+    if let Err(error) = keep(&program, cache, &path) {
+        tracing::debug!("the filter is not kept in {}: {error}", cache.display());
+    }
+    Ok(program)
+}
+
+/// Of everything that the program depends on.
+fn cache_name(seccomp: &LinuxSeccomp) -> Option<String> {
+    let library = libseccomp::ScmpVersion::current().ok()?;
+    let mut hash = Sha256::new();
+    hash.update(format!("{CACHE_VERSION} {library:?} "));
+    hash.update(serde_json::to_vec(seccomp).ok()?);
+    let digits: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Some(format!("{digits}.bpf"))
+}
+
+fn keep(program: &[u8], cache: &Path, path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(cache)?;
+    let temporary = tempfile::NamedTempFile::new_in(cache)?;
+    fs::write(temporary.path(), program)?;
+    temporary.persist(path).map_err(|error| error.error)?;
+    Ok(())
 }
 
 /// Comparisons that hold together; those of one argument with several values hold one by one.

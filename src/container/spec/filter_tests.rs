@@ -125,3 +125,29 @@ fn flags_are_the_bits_of_the_system_call() {
     let seccomp = Profile::parse(text).unwrap().apply(CapabilitySet(0), (6, 1)).unwrap();
     assert_eq!(load_flags(&seccomp), 2);
 }
+
+#[test]
+fn programs_are_kept_and_broken_ones_made_anew() {
+    let directory = tempfile::tempdir().unwrap();
+    let cache = directory.path().join("filters");
+    let seccomp = |capabilities| {
+        Profile::default_of_docker().unwrap().apply(CapabilitySet(capabilities), (6, 1)).unwrap()
+    };
+    let first = compile_seccomp_cached(&seccomp(0), &cache).unwrap();
+    assert_eq!(first, compile_seccomp(&seccomp(0)).unwrap());
+    let files = || fs::read_dir(&cache).unwrap().map(|file| file.unwrap().path()).collect::<Vec<_>>();
+    assert_eq!(files().len(), 1);
+    // What is kept is what is used.
+    fs::write(&files()[0], &first[..first.len() - 8]).unwrap();
+    assert_eq!(compile_seccomp_cached(&seccomp(0), &cache).unwrap().len(), first.len() - 8);
+    for broken in [&b""[..], b"1234567", &vec![0; (INSTRUCTIONS_MAX + 1) * 8]] {
+        fs::write(&files()[0], broken).unwrap();
+        assert_eq!(compile_seccomp_cached(&seccomp(0), &cache).unwrap(), first);
+    }
+    compile_seccomp_cached(&seccomp(1 << 21), &cache).unwrap();
+    assert_eq!(files().len(), 2);
+    // Where nothing can be kept it is made all the same.
+    let file = directory.path().join("file");
+    fs::write(&file, "").unwrap();
+    assert_eq!(compile_seccomp_cached(&seccomp(0), &file).unwrap(), first);
+}

@@ -23,7 +23,7 @@ use oci_spec::runtime::{
 use super::config::{self, ContainerConfig, NetworkMode};
 
 pub use capabilities::CapabilitySet;
-pub use filter::{FilterError, compile_seccomp, load_flags};
+pub use filter::{FilterError, compile_seccomp, compile_seccomp_cached, load_flags};
 pub use process::ProcessInputs;
 pub use seccomp::{Profile, ProfileError, version_of};
 pub use users::{Identity, Users, read_in_layers};

@@ -141,11 +141,6 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Whether it is in any hierarchy.
-    pub(super) fn is_none(&self) -> bool {
-        self.parts.is_empty()
-    }
-
     /// The part with a controller.
     fn part(&self, controller: &str) -> Option<&Part> {
         self.parts.iter().find(|part| part.controllers.iter().any(|name| name == controller))
@@ -162,12 +157,14 @@ impl Cgroup {
         fs::OpenOptions::new().read(true).custom_flags(flags).open(&part.directory).ok()
     }
 
-    /// Puts a process with one thread into it; `v2` says whether also in the version 2 hierarchy.
-    pub(super) fn join(&self, pid: i32, v2: bool) -> Result<(), Error> {
+    /// Puts the calling process, which has one thread, into it; `v2` says whether also in the version 2 hierarchy.
+    ///
+    /// A thread that moves itself needs no lock; to move another would hold up all forks and exits of the host, and wait
+    /// for a grace period of 5 to 15 ms.
+    pub(super) fn join(&self, v2: bool) -> Result<(), Error> {
         for part in self.parts.iter().filter(|part| v2 || part.version == Version::V1) {
-            // A single thread moves without holding up all forks and exits of the host.
             let file = if part.version == Version::V1 { "tasks" } else { "cgroup.procs" };
-            write(&part.directory.join(file), &pid.to_string()).map_err(|source| {
+            write(&part.directory.join(file), "0").map_err(|source| {
                 Error::failed(format!("cannot put the container into {:?}", part.directory), source)
             })?;
         }
