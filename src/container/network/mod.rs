@@ -12,6 +12,7 @@ mod firewall;
 mod netavark;
 mod netlink;
 pub mod netns;
+mod pasta;
 mod plug;
 mod ports;
 mod state;
