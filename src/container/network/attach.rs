@@ -37,7 +37,8 @@ pub struct Request<'a> {
 pub struct Attachment {
     /// What it has.
     pub status: Status,
-    /// Holds its ports on the host against other programs as long as it lives.
+    /// Holds its ports on the host against other programs as long as it lives. To be dropped before the same container is
+    /// connected again, which would find its own ports taken.
     pub ports: PortLocks,
 }
 
