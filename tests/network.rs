@@ -3,6 +3,7 @@
 mod kill;
 mod lab;
 mod machine;
+mod rootless;
 
 use std::collections::BTreeSet;
 use std::net::UdpSocket;

@@ -9,8 +9,8 @@ const MAX_FILE_BYTES: u64 = 32 << 10;
 
 /// What each top-level module may use of the others. `platform` (numbers) is for all.
 const MAY_USE: [(&str, &[&str]); 20] = [
-    ("cli", &["api", "boot", "container", "doctor", "fileserver", "image", "kvm", "vm"]),
-    ("container", &["guest", "image", "vm"]),
+    ("cli", &["api", "boot", "container", "doctor", "fileserver", "image", "kvm", "terminal", "vm"]),
+    ("container", &["guest", "image", "tap", "vm"]),
     ("image", &[]),
     ("guest", &[]),
     ("api", &["socket", "vm"]),

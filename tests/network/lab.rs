@@ -1,7 +1,7 @@
 //! A host of the test's own: a network namespace in which it is the only one, with the world behind it in another one.
 #![allow(unsafe_code)]
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
@@ -195,6 +195,37 @@ pub fn echo(namespace: &Path, port: u16) {
             });
         }
     });
+}
+
+/// Answers each line with the peer's address and the line, and leaves the end to the peer.
+pub fn echo_lines(namespace: &Path, port: u16) {
+    let listener = within(namespace, move || TcpListener::bind(("0.0.0.0", port)));
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            std::thread::spawn(move || {
+                let Ok(peer) = stream.peer_addr() else { return };
+                let Ok(lines) = stream.try_clone() else { return };
+                for line in BufReader::new(lines).lines().map_while(Result::ok) {
+                    let _ = stream.write_all(format!("{} {line}\n", peer.ip()).as_bytes());
+                }
+            });
+        }
+    });
+}
+
+/// Sends a line to [`echo_lines`], and returns whom the server sees.
+pub fn talk_in_lines(namespace: &Path, to: (&str, u16), line: &str) -> Option<String> {
+    let address = SocketAddr::new(to.0.parse::<IpAddr>().expect("an address"), to.1);
+    let stream = netns::within(namespace, || TcpStream::connect_timeout(&address, Duration::from_secs(3)));
+    let mut stream = stream.ok()?;
+    stream.set_read_timeout(Some(PATIENCE)).ok()?;
+    stream.write_all(format!("{line}\n").as_bytes()).ok()?;
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).ok()?;
+    let (peer, back) = answer.trim_end().split_once(' ')?;
+    assert!(back == line, "what came back is not what was sent");
+    Some(peer.to_owned())
 }
 
 /// The same for datagrams.

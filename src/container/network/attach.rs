@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::definition::{DEFAULT_NETWORK, Definition, host_mtu};
 use super::error::Error;
@@ -12,7 +12,7 @@ use super::netlink::Netlink;
 use super::ports::{self, PortLocks};
 use super::state::{Record, State, TakenPort, short};
 use super::status::{Interface, Status};
-use super::{Networks, netns};
+use super::{Networks, netns, pasta};
 use crate::container::config::{Network, NetworkJoin, NetworkMode, Port};
 use crate::container::store::Lock;
 
@@ -37,7 +37,8 @@ pub struct Request<'a> {
 pub struct Attachment {
     /// What it has.
     pub status: Status,
-    /// Holds its ports on the host against other programs as long as it lives.
+    /// Holds its ports on the host against other programs as long as it lives. To be dropped before the same container is
+    /// connected again, which would find its own ports taken.
     pub ports: PortLocks,
 }
 
@@ -50,6 +51,7 @@ pub struct Starting<'a> {
     ports: Vec<Port>,
     locks: Option<PortLocks>,
     running: Option<Running>,
+    rootless: Option<Status>,
     done: bool,
     _lock: Lock,
 }
@@ -68,6 +70,9 @@ impl Networks {
         };
         check_id(request.id)?;
         let lock = self.lock()?;
+        if pasta::is_needed() {
+            return self.start_rootless(request, joins, lock);
+        }
         let netavark = Netavark::find(self.run_directory())?;
         self.teardown_locked(request.id)?;
         let joins = self.resolve(joins)?;
@@ -76,13 +81,9 @@ impl Networks {
         let who = (request.id, request.name);
         let (taken, locks) = ports::reserve(&request.network.ports, ipv6, &state.ports, who)?;
         let input = input(request, &joins, &taken, &mut state)?;
-        let mut ports = request.network.ports.clone();
-        for (port, taken) in ports.iter_mut().zip(&taken) {
-            port.host = taken.port;
-        }
+        let ports = found_ports(request, &taken);
         state.ports.extend(taken);
-        let record =
-            Record { id: request.id.into(), name: request.name.into(), netns: request.netns.into(), input };
+        let record = Record { input, ..record(request) };
         // The record comes first: whatever is made afterwards can be taken away by it.
         self.records().put(&record)?;
         let mut starting = Starting {
@@ -93,12 +94,64 @@ impl Networks {
             ports,
             locks: Some(locks),
             running: None,
+            rootless: None,
             done: false,
             _lock: lock,
         };
         state.write(&self.state_path())?;
         starting.running = Some(netavark.setup(request.netns, &starting.record.input)?);
         Ok(starting)
+    }
+
+    /// Users without privileges have one network, on which each container is alone.
+    fn start_rootless<'a>(
+        &'a self,
+        request: &Request<'_>,
+        joins: &[NetworkJoin],
+        lock: Lock,
+    ) -> Result<Starting<'a>, Error> {
+        let refuse = |reason: &str| Err(Error::Mode(reason.into()));
+        match joins {
+            [join] if join.network == DEFAULT_NETWORK => match (&join.ip, &join.mac) {
+                (None, None) => {}
+                _ => return refuse("a fixed address needs root: without, all containers have the same"),
+            },
+            _ => return refuse("networks other than the default one need root"),
+        }
+        if request.network.ports.iter().any(|port| port.protocol == "sctp") {
+            return refuse("publishing SCTP ports needs root");
+        }
+        self.teardown_locked(request.id)?;
+        let mut state = State::read(&self.state_path())?;
+        let who = (request.id, request.name);
+        let (taken, locks) = ports::reserve(&request.network.ports, false, &state.ports, who)?;
+        let ports = found_ports(request, &taken);
+        state.ports.extend(taken);
+        let record = Record { rootless: true, ..record(request) };
+        self.records().put(&record)?;
+        let mut starting = Starting {
+            networks: self,
+            joins: vec![],
+            search: request.network.dns_search.clone(),
+            ports: vec![],
+            // pasta listens at the ports itself.
+            locks: None,
+            running: None,
+            rootless: None,
+            done: false,
+            record,
+            _lock: lock,
+        };
+        state.write(&self.state_path())?;
+        drop(locks);
+        let mac = random_mac()?;
+        let pid_file = self.pid_file(request.id);
+        starting.rootless = Some(pasta::start(request.netns, &ports, &request.network.dns, &mac, &pid_file)?);
+        Ok(starting)
+    }
+
+    fn pid_file(&self, id: &str) -> PathBuf {
+        self.run_directory().join(format!("pasta-{id}.pid"))
     }
 
     /// The networks of a container, each once. The default one is made when it is first wanted.
@@ -162,6 +215,9 @@ impl Networks {
 
     /// Undoes what netavark did, or had begun to do.
     fn disconnect(&self, record: &Record) -> Result<(), Error> {
+        if record.rootless {
+            return pasta::stop(&self.pid_file(&record.id));
+        }
         let others: Vec<Record> =
             self.records().all()?.into_iter().filter(|other| other.id != record.id).collect();
         let mut failed = None;
@@ -223,6 +279,11 @@ impl Networks {
 impl Starting<'_> {
     /// Waits until the container is connected. If that fails, all of it is taken away again.
     pub fn finish(mut self) -> Result<Attachment, Error> {
+        if let Some(mut status) = self.rootless.take() {
+            status.search = std::mem::take(&mut self.search);
+            self.done = true;
+            return Ok(Attachment { status, ports: PortLocks::default() });
+        }
         let answers = match self.running.take() {
             Some(running) => running.finish()?,
             None => BTreeMap::new(),
@@ -341,6 +402,29 @@ fn info(definition: &Definition, index: u32, host_mtu: Option<u16>) -> Info {
         options,
         ipam_options: BTreeMap::from([("driver".to_owned(), "host-local".to_owned())]),
     }
+}
+
+fn record(request: &Request<'_>) -> Record {
+    Record {
+        id: request.id.into(),
+        name: request.name.into(),
+        netns: request.netns.into(),
+        rootless: false,
+        input: Input::default(),
+    }
+}
+
+/// Published ports with the numbers that were found for them.
+fn found_ports(request: &Request<'_>, taken: &[TakenPort]) -> Vec<Port> {
+    let found = |(port, taken): (&Port, &TakenPort)| Port { host: taken.port, ..port.clone() };
+    request.network.ports.iter().zip(taken).map(found).collect()
+}
+
+/// A hardware address that is nobody's.
+fn random_mac() -> Result<String, Error> {
+    let mut bytes = [0; 5];
+    getrandom::fill(&mut bytes).map_err(Error::Random)?;
+    Ok(bytes.iter().fold("02".to_owned(), |mac, byte| format!("{mac}:{byte:02x}")))
 }
 
 fn mapping((port, taken): (&Port, &TakenPort)) -> PortMapping {

@@ -37,12 +37,12 @@ pub fn resolv_conf(network: &Network, status: &Status, host: &str) -> String {
         servers.extend(PUBLIC_SERVERS);
     }
     let from_host = |key: &str| -> Vec<String> {
-        let lines = host.lines().filter_map(|line| {
+        let mut lines = host.lines().filter_map(|line| {
             let mut words = line.split_whitespace();
             (words.next() == Some(key)).then(|| words.map(str::to_owned).collect())
         });
         // The last line of its kind counts.
-        lines.last().unwrap_or_default()
+        lines.next_back().unwrap_or_default()
     };
     let search = if network.dns_search.is_empty() { from_host("search") } else { network.dns_search.clone() };
     let options =

@@ -12,6 +12,7 @@ mod firewall;
 mod netavark;
 mod netlink;
 pub mod netns;
+mod pasta;
 mod plug;
 mod ports;
 mod state;
@@ -197,5 +198,42 @@ pub fn check(network: &Network, isolation: Isolation) -> Result<(), Error> {
             refuse("a container on networks names one at least")
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::Port;
+    use super::*;
+
+    fn wanted(mode: NetworkMode) -> Network {
+        let (ports, hosts) = (vec![], vec![]);
+        Network { mode, ports, dns: vec![], dns_search: vec![], dns_options: vec![], hosts }
+    }
+
+    #[test]
+    fn modes_that_do_not_go_together_are_refused_with_their_reason() {
+        let published = |mode| {
+            let port = Port { host_ip: None, host: 80, container: 80, protocol: "tcp".into() };
+            Network { ports: vec![port], ..wanted(mode) }
+        };
+        let named = |mode| Network { hosts: vec![("a".into(), "192.0.2.1".into())], ..wanted(mode) };
+        let other = || NetworkMode::Container("abc".into());
+        for (network, isolation, reason) in [
+            (wanted(NetworkMode::Host), Isolation::Microvm, "a microVM has a kernel of its own"),
+            (published(NetworkMode::Host), Isolation::Native, "has all of them already"),
+            (published(NetworkMode::None), Isolation::Native, "without a network"),
+            (published(other()), Isolation::Microvm, "publish them with that container"),
+            (named(other()), Isolation::Native, "give them to that container"),
+            (wanted(NetworkMode::Networks(vec![])), Isolation::Native, "names one at least"),
+        ] {
+            let message = check(&network, isolation).unwrap_err().to_string();
+            assert!(message.contains(reason), "{message}");
+        }
+        let joins = vec![super::super::config::NetworkJoin::default()];
+        check(&published(NetworkMode::Networks(joins)), Isolation::Microvm).unwrap();
+        check(&wanted(NetworkMode::Host), Isolation::Native).unwrap();
+        check(&named(NetworkMode::Host), Isolation::Native).unwrap();
+        check(&wanted(other()), Isolation::Microvm).unwrap();
     }
 }

@@ -50,6 +50,9 @@ pub(super) struct Record {
     pub(super) id: String,
     pub(super) name: String,
     pub(super) netns: PathBuf,
+    /// Whether pasta and not netavark connects it.
+    #[serde(default)]
+    pub(super) rootless: bool,
     pub(super) input: Input,
 }
 

@@ -1,0 +1,159 @@
+//! pasta: the way out of a network namespace for users without privileges. It carries what the container sends by
+//! sockets of the user's own, and published ports by sockets that listen on the host.
+
+use std::fs;
+use std::io::{Read, Seek};
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use ipnet::{IpNet, Ipv4Net};
+
+use super::definition::DEFAULT_NETWORK;
+use super::error::Error;
+use super::status::{Interface, Status};
+use crate::container::config::Port;
+use crate::container::store;
+
+/// Every container has these: none sees another's. pasta answers for the gateway and for the name server.
+const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 100);
+const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+const NAME_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
+const PREFIX: u8 = 24;
+/// Nothing is sent on a wire, so packets may be as large as they can be.
+const MTU: u16 = 65520;
+const DEVICE: &str = "eth0";
+/// How long pasta may take to end.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Whether this process has no privileges over the host's network: it is not root, or root only in a user namespace.
+pub(super) fn is_needed() -> bool {
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let is_initial = map.split_whitespace().eq(["0", "0", "4294967295"]);
+    !rustix::process::geteuid().is_root() || !is_initial
+}
+
+/// Gives a namespace a way out. `mac` is the hardware address of its device.
+pub(super) fn start(
+    netns: &Path,
+    ports: &[Port],
+    dns: &[IpAddr],
+    mac: &str,
+    pid_file: &Path,
+) -> Result<Status, Error> {
+    let failed = |source| Error::Run { program: "pasta", source };
+    let mut command = Command::new("pasta");
+    command.args(["--quiet", "--config-net", "--ipv4-only", "--no-dhcp", "--mtu", &MTU.to_string()]);
+    command.args(["--address", &ADDRESS.to_string(), "--netmask", &PREFIX.to_string()]);
+    command.args(["--gateway", &GATEWAY.to_string(), "--dns-forward", &NAME_SERVER.to_string()]);
+    command.args(["--ns-ifname", DEVICE, "--ns-mac-addr", mac, "--tcp-ns", "none", "--udp-ns", "none"]);
+    for server in dns {
+        command.args(["--dns", &server.to_string()]);
+    }
+    for (option, protocol) in [("--tcp-ports", "tcp"), ("--udp-ports", "udp")] {
+        let mut specs: Vec<String> =
+            ports.iter().filter(|port| port.protocol == protocol).map(specification).collect();
+        if specs.is_empty() {
+            specs.push("none".into());
+        }
+        for spec in specs {
+            command.args([option, &spec]);
+        }
+    }
+    let mut said = tempfile::tempfile().map_err(failed)?;
+    let status = command
+        .arg("--pid")
+        .arg(pid_file)
+        .arg("--netns-only")
+        .arg("--netns")
+        .arg(netns)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(said.try_clone().map_err(failed)?)
+        .stderr(said.try_clone().map_err(failed)?)
+        .status();
+    let status = status.map_err(|source| match source.kind() {
+        std::io::ErrorKind::NotFound => {
+            Error::Program { program: "pasta", package: "passt", variable: "PATH" }
+        }
+        _ => failed(source),
+    })?;
+    if !status.success() {
+        let mut message = String::new();
+        let _ = said.rewind().and_then(|()| said.read_to_string(&mut message));
+        let lines: Vec<&str> = message.lines().filter(|line| !line.contains("syslog")).collect();
+        let what = "connect a container's network namespace".into();
+        return Err(Error::Failed { program: "pasta", what, message: lines.join("; ") });
+    }
+    let address = Ipv4Net::new(ADDRESS, PREFIX).map(IpNet::V4);
+    let interface = Interface {
+        name: DEVICE.into(),
+        network: DEFAULT_NETWORK.into(),
+        mac: mac.into(),
+        addresses: address.into_iter().collect(),
+        gateways: vec![IpAddr::V4(GATEWAY)],
+        metric: 0,
+        mtu: MTU,
+    };
+    let dns_servers = vec![IpAddr::V4(NAME_SERVER)];
+    Ok(Status { interfaces: vec![interface], ports: ports.to_vec(), dns_servers, search: vec![] })
+}
+
+/// `ADDRESS/HOST:CONTAINER`.
+fn specification(port: &Port) -> String {
+    let address = port.host_ip.filter(|address| !address.is_unspecified());
+    let address = address.map_or_else(String::new, |address| format!("{address}/"));
+    format!("{address}{}:{}", port.host, port.container)
+}
+
+/// Ends the pasta of a pid file, if there is one.
+pub(super) fn stop(pid_file: &Path) -> Result<(), Error> {
+    let pid = fs::read_to_string(pid_file).ok().and_then(|text| text.trim().parse::<i32>().ok());
+    let is_pasta = |pid: i32| {
+        // Its name is that of the variant for this processor.
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        name.starts_with("pasta") || name.starts_with("passt")
+    };
+    if let Some(pid) = pid.filter(|pid| is_pasta(*pid)) {
+        let end = Instant::now() + PATIENCE;
+        for signal in [rustix::process::Signal::TERM, rustix::process::Signal::KILL] {
+            if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+                let _ = rustix::process::kill_process(pid, signal);
+            }
+            while is_pasta(pid) && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
+    }
+    Ok(store::remove(pid_file)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_are_written_as_pasta_reads_them() {
+        let port = |host_ip: Option<&str>| Port {
+            host_ip: host_ip.and_then(|address| address.parse().ok()),
+            host: 8080,
+            container: 80,
+            protocol: "tcp".into(),
+        };
+        assert_eq!(specification(&port(None)), "8080:80");
+        assert_eq!(specification(&port(Some("0.0.0.0"))), "8080:80");
+        assert_eq!(specification(&port(Some("127.0.0.1"))), "127.0.0.1/8080:80");
+    }
+
+    #[test]
+    fn stopping_what_is_not_there_is_no_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pid");
+        stop(&path).unwrap();
+        // The number of somebody else.
+        fs::write(&path, std::process::id().to_string()).unwrap();
+        stop(&path).unwrap();
+        assert!(!path.exists());
+    }
+}
