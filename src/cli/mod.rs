@@ -5,6 +5,7 @@ mod completions;
 mod doctor;
 mod file_server;
 mod hint;
+pub mod image;
 mod logging;
 mod man;
 

@@ -1,0 +1,140 @@
+//! Verbs about images: as Docker's, with its output.
+
+mod images;
+mod inspect;
+mod load;
+mod login;
+mod logout;
+mod prune;
+mod pull;
+mod push;
+mod rmi;
+mod save;
+mod table;
+mod tag;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+
+use crate::image::registry::{Options, Progress};
+use crate::image::{Image, PullPolicy, Store};
+
+pub use inspect::describe;
+
+/// Where images come from, go to, and what they are.
+#[derive(Subcommand)]
+#[allow(missing_docs)] // What clap shows stands at each verb's arguments.
+pub enum ImageCommand {
+    Pull(pull::PullArguments),
+    Push(push::PushArguments),
+    Login(login::LoginArguments),
+    Logout(logout::LogoutArguments),
+    Images(images::ImagesArguments),
+    Rmi(rmi::RmiArguments),
+    Load(load::LoadArguments),
+    Save(save::SaveArguments),
+    Tag(tag::TagArguments),
+    /// Manages images
+    #[command(subcommand)]
+    Image(ManageCommand),
+}
+
+/// `image VERB`.
+#[derive(Subcommand)]
+#[allow(missing_docs)] // As above.
+pub enum ManageCommand {
+    #[command(alias = "list")]
+    Ls(images::ImagesArguments),
+    #[command(alias = "remove")]
+    Rm(rmi::RmiArguments),
+    Prune(prune::PruneArguments),
+    Inspect(inspect::InspectArguments),
+    Pull(pull::PullArguments),
+    Push(push::PushArguments),
+    Load(load::LoadArguments),
+    Save(save::SaveArguments),
+    Tag(tag::TagArguments),
+}
+
+/// How registries are talked to.
+#[derive(Args)]
+pub struct RegistryArguments {
+    /// Require right certificates; with false, plain HTTP is tried too
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    tls_verify: bool,
+}
+
+impl RegistryArguments {
+    /// As the library wants it.
+    pub fn options(&self) -> Options {
+        Options { tls_verify: self.tls_verify, ..Options::default() }
+    }
+}
+
+/// Where data lies: `$RVMM_ROOT`, `/var/lib/rvmm` for root, `$XDG_DATA_HOME/rvmm` for others.
+pub fn data_root() -> PathBuf {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if let Some(root) = variable("RVMM_ROOT") {
+        return root;
+    }
+    if rustix::process::geteuid().is_root() {
+        return PathBuf::from("/var/lib/rvmm");
+    }
+    let home = || variable("HOME").unwrap_or_else(|| PathBuf::from("/")).join(".local/share");
+    variable("XDG_DATA_HOME").unwrap_or_else(home).join("rvmm")
+}
+
+/// The store of images below it.
+pub fn open_store() -> anyhow::Result<Store> {
+    Ok(Store::open(&data_root().join("images"))?)
+}
+
+/// The image for a new container: here, or fetched as the policy says, with progress on standard error.
+pub fn obtain(
+    store: &Store,
+    name: &str,
+    policy: PullPolicy,
+    quiet: bool,
+    registry: &RegistryArguments,
+) -> anyhow::Result<Image> {
+    Ok(crate::image::obtain(store, name, policy, &registry.options(), &Progress::detect(quiet))?)
+}
+
+/// Does what a verb says.
+pub fn run(command: ImageCommand, store: &Store) -> anyhow::Result<ExitCode> {
+    match command {
+        ImageCommand::Pull(arguments) | ImageCommand::Image(ManageCommand::Pull(arguments)) => {
+            pull::run(&arguments, store)
+        }
+        ImageCommand::Push(arguments) | ImageCommand::Image(ManageCommand::Push(arguments)) => {
+            push::run(&arguments, store)
+        }
+        ImageCommand::Images(arguments) | ImageCommand::Image(ManageCommand::Ls(arguments)) => {
+            images::run(&arguments, store)
+        }
+        ImageCommand::Rmi(arguments) | ImageCommand::Image(ManageCommand::Rm(arguments)) => {
+            rmi::run(&arguments, store)
+        }
+        ImageCommand::Load(arguments) | ImageCommand::Image(ManageCommand::Load(arguments)) => {
+            load::run(&arguments, store)
+        }
+        ImageCommand::Save(arguments) | ImageCommand::Image(ManageCommand::Save(arguments)) => {
+            save::run(&arguments, store)
+        }
+        ImageCommand::Tag(arguments) | ImageCommand::Image(ManageCommand::Tag(arguments)) => {
+            tag::run(&arguments, store)
+        }
+        ImageCommand::Image(ManageCommand::Prune(arguments)) => prune::run(&arguments, store),
+        ImageCommand::Image(ManageCommand::Inspect(arguments)) => inspect::run(&arguments, store),
+        ImageCommand::Login(arguments) => login::run(&arguments),
+        ImageCommand::Logout(arguments) => logout::run(&arguments),
+    }
+}
+
+/// Prints a line; a reader that is gone is told by the exit code.
+fn print(line: &str) -> io::Result<()> {
+    writeln!(io::stdout(), "{line}")
+}
