@@ -241,10 +241,10 @@ fn mask(path: &CStr, old: &OldRoot) -> Result<(), Errno> {
     close(null);
     match attached {
         Err(Errno::NOENT) => Ok(()),
-        Err(Errno::NOTDIR) => {
+        // It is a directory, or something before the last component is none.
+        Err(Errno::INVAL | Errno::NOTDIR) => {
             let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
             match mount::mount(c"tmpfs", path, c"tmpfs", flags, c"nr_inodes=2") {
-                // Something before the last component is no directory.
                 Err(Errno::NOTDIR) => Ok(()),
                 other => other,
             }

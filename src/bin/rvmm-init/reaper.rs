@@ -17,6 +17,8 @@ const FROM_KERNEL: i32 = 0x80;
 
 /// Runs a program: its path, and its arguments with its name.
 pub fn run(mut arguments: impl Iterator<Item = OsString>) -> i32 {
+    // What `ps` shows; the name of the program's file says nothing to whoever looks.
+    let _ = rustix::thread::set_name(c"rvmm-reaper");
     let all = SigSet::all();
     let Ok(signals) = SignalFd::with_flags(&all, SfdFlags::SFD_CLOEXEC) else { return NOT_STARTED };
     if all.thread_set_mask().is_err() {
