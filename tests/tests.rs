@@ -3,6 +3,7 @@
 //! What a test needs and does not find (KVM, a kernel, root, a tool) it names in a line `skipped: …`. `scripts/test`
 //! builds what is needed and runs everything twice: on this host, and what needs a complete KVM in `nested-host`.
 
+mod agent;
 mod api;
 mod balloon;
 mod block;

@@ -121,14 +121,23 @@ pub fn linux_for_tests() -> Option<Linux> {
 }
 
 fn with_rootfs(variable: &str, default: &str, made_by: &str) -> Option<Linux> {
+    Some(Linux { kernel: kernel()?, rootfs: file(variable, default, made_by)? })
+}
+
+/// The kernel for this host.
+fn kernel() -> Option<PathBuf> {
     if !has_kvm() {
         return None;
     }
-    let kernel = match kvm_kind() {
+    match kvm_kind() {
         Some(Kind::Pvm) => file("RVMM_TEST_KERNEL", "target/guest/vmlinux-pvm", "scripts/build-kernel pvm"),
         _ => file("RVMM_TEST_KERNEL", "target/guest/vmlinux", "scripts/build-kernel full"),
-    };
-    Some(Linux { kernel: kernel?, rootfs: file(variable, default, made_by)? })
+    }
+}
+
+/// The kernel for this host and the agent's initrd; says so if there is none.
+pub fn agent_kernel() -> Option<(PathBuf, PathBuf)> {
+    Some((kernel()?, file("RVMM_TEST_AGENT", "target/guest/agent.cpio", "scripts/build-agent")?))
 }
 
 impl Linux {

@@ -235,7 +235,7 @@ impl Running {
     }
 
     /// What is known of the run, for a failed assertion.
-    fn story(&self) -> String {
+    pub fn story(&self) -> String {
         story(&self.line, &self.stdout.text(), &self.stderr.text())
     }
 }
