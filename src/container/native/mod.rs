@@ -9,6 +9,7 @@
 
 mod cgroup;
 mod child;
+mod own;
 mod processes;
 mod program;
 mod rootfs;
@@ -40,6 +41,7 @@ use super::backend::{
 use super::config::Secret;
 use super::spec::{compile_seccomp, compile_seccomp_cached, load_flags};
 
+pub use own::protect_own_program;
 pub use rootless::{cgroup_path, enter_user_namespace};
 
 /// What was made for a container, for whoever has to clear it away.
