@@ -9,6 +9,7 @@ line and supervisor do not. With --overlay rvmm also mounts and unmounts an over
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -67,13 +68,21 @@ def private_mounts():
         os.execvp("unshare", inner + [sys.executable] + sys.argv)
 
 
+def cpu_ms():
+    """Processor time of all children that have ended, and of theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (usage.ru_utime + usage.ru_stime) * 1000
+
+
 def timed(command, **more):
+    """Milliseconds by the clock and of processors, and the output."""
+    before_ms = cpu_ms()
     begin = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False, **more)
     took_ms = (time.perf_counter() - begin) * 1000
     if done.returncode:
         fail(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
-    return took_ms, done.stdout
+    return took_ms, cpu_ms() - before_ms, done.stdout
 
 
 def main():
@@ -100,23 +109,26 @@ def main():
             else:
                 print(f"skipped: {name} is not installed", file=sys.stderr)
         times = {name: [] for name in kinds}
+        processors = {name: [] for name in kinds}
         steps = {}
         for number in range(options.runs + 1):
             for name, run in kinds.items():
-                took_ms, output = run(number)
+                took_ms, used_ms, output = run(number)
                 if number == 0:
                     # The first of each kind reads its files from the disk.
                     continue
                 times[name].append(took_ms)
+                processors[name].append(used_ms)
                 if name == "rvmm":
                     names, values = (line.split() for line in output.splitlines())
                     for step, value in zip(names, values):
                         steps.setdefault(step, []).append(int(value) / 1000)
     stats.print_table("a container's `true`", "ms", list(times.items()))
+    stats.print_table("processor time of it", "ms", list(processors.items()))
     stats.print_table("rvmm's steps", "ms", list(steps.items()))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"times_ms": times, "steps_ms": steps, "load_average": os.getloadavg()}, file, indent=1)
+            json.dump({"times_ms": times, "processor_ms": processors, "steps_ms": steps, "load_average": os.getloadavg()}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ use super::microvm::{self, Microvm, Place};
 use super::native::{self, Native};
 use super::network::{self, Attachment, Networks, netns};
 use super::records::{self, Record, Records, short};
+use super::roots::run_name;
 use super::spec::{self, Inputs, NetworkNamespace, Users};
 use super::state::Endpoint;
 use super::volume::{self, Volumes};
@@ -156,7 +157,7 @@ pub fn prepare(records: &Records, config: &ContainerConfig) -> Result<Prepared, 
     files::write_json(&run.join("spec.json"), &spec)?;
 
     let backend: Box<dyn Backend> = match config.isolation {
-        Isolation::Native => Box::new(Native::new(&run)),
+        Isolation::Native => Box::new(Native::new(&run).keep_filters_in(&filters(records)?)),
         Isolation::Microvm => {
             let place = place(records, config, &namespace, status, &store, &image)?;
             Box::new(Microvm::new(&config.id, place))
@@ -307,6 +308,13 @@ fn fill(
     Ok(())
 }
 
+/// Where compiled filters are kept, since compiling one takes longer than the rest of a start.
+fn filters(records: &Records) -> Result<PathBuf, Error> {
+    let place = records.roots().run.join("filters");
+    files::make_directory(&place)?;
+    Ok(place)
+}
+
 fn parsed(digest: &str) -> Result<digest::Digest, image::Error> {
     digest.parse().map_err(|_| image::Error::NotFound(digest.into()))
 }
@@ -434,27 +442,33 @@ pub fn remove_own_volumes(records: &Records, config: &ContainerConfig) -> Result
 pub fn sweep(records: &Records) -> Result<(), Error> {
     records.sweep()?;
     let roots = records.roots();
-    let is_there = |id: &str| roots.container(id).is_dir();
-    for place in [roots.run.join("sandboxes"), roots.run.join("containers")] {
-        for entry in fs::read_dir(&place).into_iter().flatten().flatten() {
-            let Ok(id) = entry.file_name().into_string() else { continue };
-            // Whoever holds its life is about to take it away.
-            if is_there(&id) || records.is_supervised(&id) {
-                continue;
-            }
-            let run = roots.container_run(&id);
-            let sandbox = roots.sandbox(&id);
-            if run.is_dir() {
-                Native::new(&run).delete()?;
-            }
-            Networks::new(&roots.data, &roots.run).teardown(&id)?;
-            netns::delete(&sandbox.join("netns"))?;
-            // Others may still be in its sandbox, and then there are mounts.
-            if microvm::leave(&sandbox, &id)? {
-                files::remove_tree(&sandbox)?;
-            }
-            files::remove_tree(&run)?;
+    let names = |place: &Path| -> Vec<String> {
+        let entries = fs::read_dir(place).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+    };
+    let there: Vec<String> = names(&roots.containers());
+    let (containers, sandboxes) = (roots.run.join("containers"), roots.run.join("sandboxes"));
+    let mut left = names(&containers);
+    left.extend(names(&sandboxes));
+    // Whoever holds a life is about to take its container away.
+    left.retain(|name| !there.iter().any(|id| run_name(id) == name) && !records.is_supervised(name));
+    if left.is_empty() {
+        return Ok(());
+    }
+    Networks::new(&roots.data, &roots.run).repair(|id| {
+        there.iter().any(|other| other == id) || records.is_supervised(id)
+    })?;
+    for name in left {
+        let (run, sandbox) = (containers.join(&name), sandboxes.join(&name));
+        if run.is_dir() {
+            Native::new(&run).delete()?;
         }
+        netns::delete(&sandbox.join("netns"))?;
+        // Others may still be in its sandbox, and then there are mounts.
+        if microvm::leave(&sandbox, &name)? {
+            files::remove_tree(&sandbox)?;
+        }
+        files::remove_tree(&run)?;
     }
     Ok(())
 }

@@ -69,13 +69,21 @@ impl Roots {
 
     /// A container's locks and sockets.
     pub fn container_run(&self, id: &str) -> PathBuf {
-        self.run.join("containers").join(id)
+        self.run.join("containers").join(run_name(id))
     }
 
     /// A sandbox's: its network namespace, and the VM's sockets.
     pub fn sandbox(&self, id: &str) -> PathBuf {
-        self.run.join("sandboxes").join(id)
+        self.run.join("sandboxes").join(run_name(id))
     }
+}
+
+/// Digits of an id by which its run-time directories are called: a path with a whole one would be too long for a socket.
+const RUN_NAME_DIGITS: usize = 24;
+
+/// What the run-time directories of a container are called.
+pub fn run_name(id: &str) -> &str {
+    id.get(..RUN_NAME_DIGITS).unwrap_or(id)
 }
 
 #[cfg(test)]

@@ -68,6 +68,8 @@ pub struct Plan {
     pub host_network: bool,
     /// The user that makes it, instead of root.
     pub user: Option<u32>,
+    /// Whether its driver runs from a read-only mount.
+    pub protect: bool,
     directory: tempfile::TempDir,
 }
 
@@ -132,7 +134,15 @@ impl Plan {
             secrets: vec![],
         };
         let layers = layer().map(Path::to_owned).into_iter().collect();
-        Plan { config, layers, volumes: BTreeMap::new(), host_network: false, user: None, directory }
+        Plan {
+            config,
+            layers,
+            volumes: BTreeMap::new(),
+            host_network: false,
+            user: None,
+            protect: false,
+            directory,
+        }
     }
 
     /// One that runs a line of shell.
@@ -157,7 +167,7 @@ impl Plan {
             "directory": self.directory.path(), "layers": self.layers, "config": self.config,
             "host_network": self.host_network, "volumes": self.volumes, "rootless": self.user.is_some(),
         });
-        let command = match self.user {
+        let mut command = match self.user {
             None => Command::new(driver()),
             Some(user) => {
                 // Where it was built may be out of the user's reach.
@@ -169,6 +179,9 @@ impl Plan {
                 command
             }
         };
+        if self.protect {
+            command.env("RVMM_DRIVER_PROTECT", "1");
+        }
         Container::drive(command, setup.to_string(), self.config.id, self.directory)
     }
 

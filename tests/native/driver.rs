@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rvmm::container::backend::{Backend, Bundle, Error, Execution, ExitStatus, Streams, WindowSize};
 use rvmm::container::config::{ContainerConfig, Process};
-use rvmm::container::native::{Native, enter_user_namespace};
+use rvmm::container::native::{Native, enter_user_namespace, protect_own_program};
 use rvmm::container::spec::{self, Inputs, NetworkNamespace, Users};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -78,6 +78,9 @@ struct Running {
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn main() {
+    if std::env::var_os("RVMM_DRIVER_PROTECT").is_some() {
+        protect_own_program().unwrap_or_else(|error| panic!("{}", rvmm::error_chain(&error)));
+    }
     let mut arguments = std::env::args().skip(1);
     match arguments.next().as_deref() {
         Some("bench") => bench(arguments.next().and_then(|count| count.parse().ok()).unwrap_or(20)),

@@ -151,6 +151,8 @@ fn impossible_limits_are_refused_with_a_reason() {
     }
     let (text, code) = limited("true", Limits { memory_bytes: Some(1), ..Limits::default() }).fails();
     assert!(code == 125 && text.contains("6 MiB"), "{text}");
+    let (text, _) = limited("true", Limits { disk_bytes: Some(1 << 30), ..Limits::default() }).fails();
+    assert!(text.contains("microVM"), "{text}");
     if !std::path::Path::new("/sys/fs/cgroup/blkio/blkio.bfq.weight").exists()
         && !std::path::Path::new("/sys/fs/cgroup/io.bfq.weight").exists()
     {

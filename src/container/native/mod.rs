@@ -7,8 +7,10 @@
 //!
 //! The process that drives this has one thread.
 
+mod adapt;
 mod cgroup;
 mod child;
+mod own;
 mod processes;
 mod program;
 mod rootfs;
@@ -24,8 +26,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use oci_spec::runtime::{LinuxNamespaceType, Mount, MountBuilder, Process, Spec};
-use rustix::mount::MountPropagationFlags;
+use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -40,6 +41,7 @@ use super::backend::{
 use super::config::Secret;
 use super::spec::{compile_seccomp, compile_seccomp_cached, load_flags};
 
+pub use own::protect_own_program;
 pub use rootless::{cgroup_path, enter_user_namespace};
 
 /// What was made for a container, for whoever has to clear it away.
@@ -227,10 +229,10 @@ impl Native {
             None => None,
         };
         if user_namespace {
-            check_users(&process)?;
-            adapt_to_users(&mut spec);
+            adapt::check_users(&process)?;
+            adapt::for_users(&mut spec);
         }
-        let afterwards = adapt(&mut spec, &self.cgroup)?;
+        let afterwards = adapt::for_libcontainer(&mut spec, &self.cgroup)?;
         self.spec = Some(spec.clone());
 
         let first = child::First {
@@ -297,6 +299,11 @@ impl Backend for Native {
         child::check_single_thread()?;
         if self.first.is_some() {
             return Err(Error::failed("cannot make the container", "it is there already"));
+        }
+        if bundle.config.limits.disk_bytes.is_some() {
+            let what =
+                "cannot limit the size of what a native container writes; a microVM has a disk of its own";
+            return Err(Error::Unsupported { what: what.into() });
         }
         let cgroup = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
         let overlay = (!bundle.layers.is_empty()).then(|| bundle.rootfs.clone());
@@ -569,116 +576,6 @@ fn namespaces(spec: &Spec) -> ThreadNameSpaceType {
         LinuxNamespaceType::Time => ThreadNameSpaceType::TIME,
     };
     list.into_iter().flatten().fold(ThreadNameSpaceType::empty(), |all, namespace| all | bit(namespace.typ()))
-}
-
-/// What is left to do with a container's mounts when all of them are there.
-#[derive(Default)]
-struct Afterwards {
-    propagation: Vec<(PathBuf, MountPropagationFlags)>,
-    read_only: Vec<PathBuf>,
-}
-
-/// Changes a `Spec` into what libcontainer makes right of.
-fn adapt(spec: &mut Spec, cgroup: &Cgroup) -> Result<Afterwards, Error> {
-    let mut mounts = vec![];
-    let mut afterwards = Afterwards::default();
-    let mut shared = false;
-    for mount in spec.mounts().clone().unwrap_or_default() {
-        let has = |name: &str| mount.options().iter().flatten().any(|option| option == name);
-        let target = mount.destination().clone();
-        if has("shared") || has("rshared") {
-            shared = true;
-        } else if has("slave") || has("rslave") {
-            let recursive =
-                if has("rslave") { MountPropagationFlags::REC } else { MountPropagationFlags::empty() };
-            afterwards.propagation.push((target, MountPropagationFlags::DOWNSTREAM | recursive));
-        } else if mount.typ().as_deref() == Some("bind") {
-            let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-            afterwards.propagation.push((target, flags));
-        }
-        if mount.typ().as_deref() == Some("cgroup") && !cgroup.is_unified() {
-            mounts.extend(v1_mounts(&mount, cgroup, has("ro"))?);
-            if has("ro") {
-                afterwards.read_only.push(mount.destination().clone());
-            }
-        } else {
-            mounts.push(mount);
-        }
-    }
-    let is_private =
-        |(_, flags): &(PathBuf, MountPropagationFlags)| flags.contains(MountPropagationFlags::PRIVATE);
-    let linux = spec.linux_mut().as_mut().ok_or_else(|| missing("linux section"))?;
-    if linux.rootfs_propagation().is_none() {
-        if shared {
-            linux.set_rootfs_propagation(Some("shared".into()));
-        } else if afterwards.propagation.iter().all(is_private) {
-            // All that is mounted is private from the start, and nothing has to be set afterwards.
-            linux.set_rootfs_propagation(Some("private".into()));
-            afterwards.propagation.clear();
-        }
-    }
-    spec.set_mounts(Some(mounts));
-    Ok(afterwards)
-}
-
-/// Without root there are only the users that the host has set aside.
-fn check_users(process: &Process) -> Result<(), Error> {
-    let user = process.user();
-    let groups = user.additional_gids().iter().flatten().copied().chain([user.gid()]);
-    let missing = (!rootless::has_user(user.uid())).then(|| ("user", user.uid()));
-    let missing = missing
-        .or_else(|| groups.into_iter().find(|gid| !rootless::has_group(*gid)).map(|gid| ("group", gid)));
-    missing.map_or(Ok(()), |(kind, id)| {
-        let what = format!("there is no {kind} {id}: /etc/sub{}id sets none aside for you", &kind[..1]);
-        Err(Error::Unsupported { what })
-    })
-}
-
-/// Leaves out what only the host's root can do.
-fn adapt_to_users(spec: &mut Spec) {
-    let host_network = {
-        let list = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
-        !list.into_iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::Network)
-    };
-    for mount in spec.mounts_mut().iter_mut().flatten() {
-        let mut options = mount.options().clone().unwrap_or_default();
-        if mount.typ().as_deref() == Some("devpts") && !rootless::has_group(5) {
-            options.retain(|option| option != "gid=5");
-        }
-        if mount.typ().as_deref() == Some("sysfs") && host_network {
-            // A view of the host's network is not to be had anew.
-            mount.set_typ(Some("bind".into()));
-            mount.set_source(Some("/sys".into()));
-            options.extend(["rbind".to_owned(), "rprivate".to_owned(), "rro".to_owned()]);
-        }
-        mount.set_options(Some(options));
-    }
-    if let Some(sysctl) = spec.linux_mut().as_mut().and_then(|linux| linux.sysctl_mut().as_mut()) {
-        // It names groups, and most are not there.
-        sysctl.remove("net.ipv4.ping_group_range");
-    }
-}
-
-/// What a container sees of control groups of version 1: its own, read-only unless it is privileged.
-///
-/// libcontainer would mount the hierarchies so that the container's root could raise its own limits.
-fn v1_mounts(mount: &Mount, cgroup: &Cgroup, read_only: bool) -> Result<Vec<Mount>, Error> {
-    let target = mount.destination();
-    let build = |builder: MountBuilder| {
-        builder.build().map_err(|source| Error::failed("cannot mount cgroups", source))
-    };
-    let hard = ["nosuid", "noexec", "nodev"].map(str::to_owned).to_vec();
-    let mut options = hard.clone();
-    options.push("mode=755".into());
-    let base = MountBuilder::default().typ("tmpfs").source("tmpfs").destination(target.clone());
-    let mut mounts = vec![build(base.options(options))?];
-    for (name, directory) in cgroup.v1_mounts() {
-        let mut options = [vec!["bind".to_owned()], hard.clone()].concat();
-        options.extend(read_only.then(|| "ro".to_owned()));
-        let one = MountBuilder::default().typ("bind").source(directory).destination(target.join(name));
-        mounts.push(build(one.options(options))?);
-    }
-    Ok(mounts)
 }
 
 /// Copies secrets into memory.

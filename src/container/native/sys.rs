@@ -78,6 +78,28 @@ pub(super) fn spawn(
     }
 }
 
+/// `struct mount_attr` of mount_setattr(2).
+#[repr(C)]
+struct MountAttributes {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    user_namespace: u64,
+}
+
+/// Makes a mount read-only, by a descriptor of it.
+pub(super) fn make_mount_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
+    let attributes =
+        MountAttributes { set: libc::MOUNT_ATTR_RDONLY, clear: 0, propagation: 0, user_namespace: 0 };
+    let (empty, flags) = (c"".as_ptr(), libc::AT_EMPTY_PATH);
+    // SAFETY: the string ends with a zero byte, the structure has the size that is given, and both are only read.
+    let result = unsafe {
+        let size = size_of::<MountAttributes>();
+        libc::syscall(libc::SYS_mount_setattr, mount.as_raw_fd(), empty, flags, &raw const attributes, size)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Leaves namespaces for new ones, by flags of unshare(2).
 pub(super) fn unshare(flags: u32) -> io::Result<()> {
     // SAFETY: a plain call on a number; no memory or descriptor table is shared with others that it could be taken from.

@@ -289,6 +289,16 @@ mod tests {
         assert!(matches!(resolve("-1", &[]), Err(Error::NoUser { .. })));
     }
 
+    proptest::proptest! {
+        #[test]
+        fn any_contents_are_read_or_passed_over(passwd: Vec<u8>, group in "[a-z:0-9,\n]{0,200}", user in "[a-z0-9:]{0,12}") {
+            let users = Users::parse(&passwd, group.as_bytes());
+            if let Ok(identity) = users.resolve(&user, &[]) {
+                proptest::prop_assert_eq!(identity.groups.first(), Some(&identity.gid));
+            }
+        }
+    }
+
     fn layers(count: usize) -> (tempfile::TempDir, Vec<PathBuf>) {
         let directory = tempfile::tempdir().unwrap();
         let layers: Vec<PathBuf> = (0..count).map(|n| directory.path().join(n.to_string())).collect();
