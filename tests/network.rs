@@ -52,6 +52,29 @@ fn containers_find_each_other_by_name_alias_and_id() {
 }
 
 #[test]
+fn gateway_keeps_its_hardware_address_while_containers_come_and_go() {
+    let Some(lab) = lab() else { return };
+    let mac = || ip("-o link show type bridge").split("link/ether ").nth(1).map(|rest| rest[..17].to_owned());
+    let (stays, attached) = lab.connected("stays", &["bridge"]);
+    let before = mac().expect("a bridge");
+    let server = attached.status.dns_servers[0];
+    for round in 0..8 {
+        // Lower and higher than all that there were.
+        let container = lab.container("comes");
+        let mut wanted = on(&["bridge"]);
+        if let NetworkMode::Networks(joins) = &mut wanted.mode {
+            joins[0].mac = Some(format!("0{}:00:00:00:00:01", if round % 2 == 0 { "2" } else { "e" }));
+        }
+        lab.connect(&container, &wanted).unwrap();
+        assert_eq!(mac().as_ref(), Some(&before));
+        assert!(look_up(&stays.netns, server, "comes").is_some());
+        lab.disconnect(&container);
+        assert_eq!(mac().as_ref(), Some(&before));
+    }
+    lab.disconnect(&stays);
+}
+
+#[test]
 fn way_out_is_translated_and_published_ports_lead_in() {
     let Some(lab) = lab() else { return };
     let world = lab.world();

@@ -176,7 +176,7 @@ pub fn footprint() -> String {
         rules("ip6tables-save"),
         chains.join("\n"),
         names.join("\n"),
-        ip("route")
+        ip("route").replace(" linkdown", "")
     )
 }
 

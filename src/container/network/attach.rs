@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
-use super::definition::{DEFAULT_NETWORK, Definition, host_mtu};
+use super::definition::{DEFAULT_NETWORK, Definition, Driver, host_mtu};
 use super::error::Error;
 use super::firewall::{self, Unwanted};
+use super::nameserver::{self, Question};
 use super::netavark::{self, Answer, Info, InfoSubnet, Input, Joined, Netavark, PortMapping, Running};
 use super::netlink::Netlink;
 use super::ports::{self, PortLocks};
@@ -231,6 +232,17 @@ impl Networks {
         } else if others.is_empty() {
             firewall::clean(&Unwanted { everything: true, ..Unwanted::default() })?;
         }
+        // Those who stay behind keep their names.
+        let stays =
+            |network: &&String| others.iter().any(|other| other.input.network_info.contains_key(*network));
+        let infos =
+            record.input.network_info.iter().filter(|(network, info)| info.dns_enabled && stays(network));
+        let gateways = infos.filter_map(|(_, info)| {
+            info.subnets.iter().filter_map(|subnet| subnet.gateway).find(IpAddr::is_ipv4)
+        });
+        let questions: Vec<Question<'_>> =
+            gateways.map(|gateway| Question { gateway, name: short(&record.id), address: None }).collect();
+        nameserver::settle(&questions);
         Ok(())
     }
 
@@ -239,7 +251,7 @@ impl Networks {
         if netns::exists(&record.netns) {
             netns::within(&record.netns, || delete_links(names))?;
         }
-        netavark::forget_names(self.run_directory(), &record.id)?;
+        nameserver::forget(self.run_directory(), &record.id)?;
         let is_used =
             |network: &str| others.iter().any(|other| other.input.network_info.contains_key(network));
         let infos = &record.input.network_info;
@@ -270,7 +282,7 @@ impl Networks {
         let failed = |source| Error::Netlink { what: "remove the devices of a network".into(), source };
         delete_links(bridges.into_iter()).map_err(failed)?;
         if others.is_empty() {
-            netavark::end_server(self.run_directory())?;
+            nameserver::end(self.run_directory())?;
         }
         Ok(())
     }
@@ -288,6 +300,7 @@ impl Starting<'_> {
             Some(running) => running.finish()?,
             None => BTreeMap::new(),
         };
+        self.fix_bridges()?;
         let netns = &self.record.netns;
         let links = netns::within(netns, || Netlink::open()?.links())?;
         let mtu = |name: &str| links.iter().find(|link| link.name == name).map_or(1500, |link| link.mtu);
@@ -303,8 +316,45 @@ impl Starting<'_> {
             status.dns_servers.extend(servers);
             status.interfaces.extend(interfaces(definition, answer, METRIC + index, &mtu));
         }
+        let questions: Vec<Question<'_>> = self.joins.iter().filter_map(|join| self.question(join)).collect();
+        nameserver::settle(&questions);
         self.done = true;
         Ok(Attachment { status, ports: self.locks.take().unwrap_or_default() })
+    }
+}
+
+impl Starting<'_> {
+    /// A bridge without an address of its own takes the lowest of its ports', which changes with the containers on it; and
+    /// those who stay send to the address that they know for half a minute.
+    fn fix_bridges(&self) -> Result<(), Error> {
+        let fix = || {
+            let mut netlink = Netlink::open()?;
+            let links = netlink.links()?;
+            let bridges = self.joins.iter().filter(|(_, definition)| definition.driver == Driver::Bridge);
+            let names: Vec<&String> =
+                bridges.filter_map(|(_, definition)| definition.interface.as_ref()).collect();
+            links
+                .iter()
+                .filter(|link| names.contains(&&link.name))
+                .try_for_each(|link| netlink.set_mac(link.index, &link.mac))
+        };
+        fix()
+            .map_err(|source| Error::Netlink { what: "keep the hardware address of a bridge".into(), source })
+    }
+
+    /// Whether a network's name server knows the container.
+    fn question(&self, (_, definition): &(NetworkJoin, Definition)) -> Option<Question<'_>> {
+        let joined = self.record.input.networks.get(&definition.name)?;
+        let address = joined.static_ips.iter().find_map(|address| match address {
+            IpAddr::V4(address) => Some(*address),
+            IpAddr::V6(_) => None,
+        })?;
+        let gateway = definition.subnets.iter().filter_map(|subnet| subnet.gateway).find(IpAddr::is_ipv4)?;
+        definition.has_dns().then(|| Question {
+            gateway,
+            name: short(&self.record.id),
+            address: Some(address),
+        })
     }
 }
 

@@ -9,6 +9,7 @@ mod definition;
 mod error;
 mod files;
 mod firewall;
+mod nameserver;
 mod netavark;
 mod netlink;
 pub mod netns;

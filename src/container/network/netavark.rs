@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::error::Error;
+use super::nameserver;
 use crate::container::store;
 
 /// Where Debian and others put programs that only container engines call.
@@ -108,7 +109,7 @@ struct Failure {
 
 /// A process by its number and the time when it started, so that another of the same number is not taken for it.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Process {
+pub(super) struct Process {
     pid: u32,
     started: u64,
 }
@@ -142,7 +143,7 @@ impl Netavark {
 
     /// Begins to connect the namespace as `input` says.
     pub(super) fn setup(&self, netns: &Path, input: &Input) -> Result<Running, Error> {
-        forget_dead_server(&self.directory)?;
+        nameserver::forget_dead(&self.directory)?;
         self.start("setup", netns, input)
     }
 
@@ -243,76 +244,13 @@ pub(super) fn wait_for_orphan(directory: &Path) -> Result<(), Error> {
 }
 
 /// A process that runs; not one that has ended and was not yet waited for.
-fn process(pid: u32) -> Option<Process> {
+pub(super) fn process(pid: u32) -> Option<Process> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let mut fields = stat.rsplit(") ").next()?.split(' ');
     let runs = !matches!(fields.next()?, "Z" | "X");
     // The 22nd field of proc_pid_stat(5); the state is the third.
     let started = fields.nth(18)?.parse().ok()?;
     runs.then_some(Process { pid, started })
-}
-
-/// The directory of the name server: a file for each network.
-fn server_directory(directory: &Path) -> PathBuf {
-    directory.join("aardvark-dns")
-}
-
-/// The name server, if it runs.
-fn server(directory: &Path) -> Option<u32> {
-    let pid = fs::read_to_string(server_directory(directory).join("aardvark.pid")).ok()?;
-    let pid = pid.trim().parse().ok()?;
-    let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
-    (process(pid).is_some() && name.trim() == "aardvark-dns").then_some(pid)
-}
-
-/// netavark signals whatever has the number that the name server had, so it must not find the number of a dead one.
-fn forget_dead_server(directory: &Path) -> Result<(), Error> {
-    if server(directory).is_none() {
-        store::remove(&server_directory(directory).join("aardvark.pid"))?;
-    }
-    Ok(())
-}
-
-/// Takes a container's names away from the name server.
-pub(super) fn forget_names(directory: &Path, id: &str) -> Result<(), Error> {
-    let servers = server_directory(directory);
-    let mut changed = false;
-    for name in store::names(&servers)? {
-        let path = servers.join(&name);
-        let Ok(text) = fs::read_to_string(&path) else { continue };
-        let others = |line: &&str| line.split(' ').next() != Some(id);
-        let kept: Vec<&str> = text.lines().filter(others).collect();
-        if name == "aardvark.pid" || kept.len() == text.lines().count() {
-            continue;
-        }
-        changed = true;
-        // The first line has the addresses to listen at; without a container there is nothing to tell.
-        let failed = |source| Error::Run { program: "aardvark-dns", source };
-        if kept.iter().filter(|line| !line.is_empty()).count() <= 1 {
-            store::remove(&path)?;
-        } else {
-            fs::write(&path, kept.join("\n") + "\n").map_err(failed)?;
-        }
-    }
-    if changed && let Some(pid) = server(directory) {
-        // It reads its files anew, and ends when there is none.
-        signal(pid, rustix::process::Signal::HUP);
-    }
-    Ok(())
-}
-
-/// Ends the name server when no container is left.
-pub(super) fn end_server(directory: &Path) -> Result<(), Error> {
-    if let Some(pid) = server(directory) {
-        signal(pid, rustix::process::Signal::TERM);
-    }
-    forget_dead_server(directory)
-}
-
-fn signal(pid: u32, signal: rustix::process::Signal) {
-    if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
-        let _ = rustix::process::kill_process(pid, signal);
-    }
 }
 
 #[cfg(test)]
@@ -343,17 +281,5 @@ mod tests {
         store::write(&directory.path().join("helper.json"), &process).unwrap();
         wait_for_orphan(directory.path()).unwrap();
         assert!(store::names(directory.path()).unwrap().is_empty());
-    }
-
-    #[test]
-    fn names_of_a_container_are_forgotten_and_others_stay() {
-        let directory = tempfile::tempdir().unwrap();
-        let servers = server_directory(directory.path());
-        fs::create_dir(&servers).unwrap();
-        fs::write(servers.join("web"), "10.88.0.1\naaa 10.88.0.2  a,b \nbbb 10.88.0.3  c \n").unwrap();
-        fs::write(servers.join("db"), "10.89.0.1\naaa 10.89.0.2  a \n").unwrap();
-        forget_names(directory.path(), "aaa").unwrap();
-        assert_eq!(store::names(&servers).unwrap(), ["web"]);
-        assert_eq!(fs::read_to_string(servers.join("web")).unwrap(), "10.88.0.1\nbbb 10.88.0.3  c \n");
     }
 }

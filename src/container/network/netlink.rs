@@ -110,6 +110,13 @@ impl Netlink {
         self.change(Message::SetLink(message), 0)
     }
 
+    pub(super) fn set_mac(&mut self, index: u32, mac: &[u8]) -> io::Result<()> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.attributes = vec![LinkAttribute::Address(mac.to_vec())];
+        self.change(Message::SetLink(message), 0)
+    }
+
     pub(super) fn delete_link(&mut self, index: u32) -> io::Result<()> {
         let mut message = LinkMessage::default();
         message.header.index = index;
