@@ -87,12 +87,17 @@ place() {
     cp --sparse=always "$1" "$2.$$" && mv -f "$2.$$" "$2"
 }
 
+# link_seccomp_statically: has cargo put libseccomp into the programs; a static program with a shared library does not run.
+link_seccomp_statically() {
+    LIBSECCOMP_LIB_PATH=$(dirname "$(gcc -print-file-name=libseccomp.a)")
+    export LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH
+}
+
 # build_rvmm [PREFIX…]: target/release/rvmm and rvmm-engine, linked statically: they start sooner, take less memory
 # (docs/performance.md), and run on hosts with other libraries. `cargo build --release` makes the same, linked dynamically.
 build_rvmm() {
     local binary
     for binary in rvmm rvmm-engine; do
-        (cd "$project" && LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=$(dirname "$(gcc -print-file-name=libseccomp.a)") \
-            "$@" cargo rustc --release --locked --bin $binary -- -C target-feature=+crt-static) || return
+        (cd "$project" && link_seccomp_statically && "$@" cargo rustc --release --locked --bin $binary -- -C target-feature=+crt-static) || return
     done
 }
