@@ -3,8 +3,8 @@
 //! Where the guest's kernel runs at full speed each topic has a guest of its own. Elsewhere one guest meets a part of them.
 
 mod files;
-mod limits;
 mod life;
+mod limits;
 mod processes;
 mod rig;
 mod security;

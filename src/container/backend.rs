@@ -193,10 +193,10 @@ pub struct ProcessInfo {
 
 /// One container, and the processes in it.
 pub trait Backend {
-    /// Everything up to the process's exec, which waits. The host's ends of its standard streams come back.
-    fn create(&mut self, bundle: &Bundle) -> Result<Streams, Error>;
-    /// Lets the process go on. Returns when its program runs, or why it does not.
-    fn start(&mut self) -> Result<(), Error>;
+    /// Everything up to the process's exec, which waits.
+    fn create(&mut self, bundle: &Bundle) -> Result<(), Error>;
+    /// Lets the process go on. When its program runs, the host's ends of its standard streams come back; else why not.
+    fn start(&mut self) -> Result<Streams, Error>;
     /// The process on this host that the container's is, or is in: the first process, or the monitor.
     fn pid(&self) -> Option<u32>;
     /// Becomes readable when the process has ended.
@@ -207,7 +207,7 @@ pub trait Backend {
     fn oom_killed(&mut self) -> Result<bool, Error>;
     /// A signal for the process, or for all of the container's.
     fn signal(&mut self, signal: i32, all: bool) -> Result<(), Error>;
-    /// A new size of the terminal.
+    /// A new size of the terminal; before `start`, its first one.
     fn resize(&mut self, size: WindowSize) -> Result<(), Error>;
     /// Stops all processes, as they are.
     fn pause(&mut self) -> Result<(), Error>;

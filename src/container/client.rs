@@ -54,7 +54,9 @@ impl Connection {
         let bytes = encode(request, FRAME_BYTES_MAX)?;
         match self.stream.write_all(&bytes) {
             // What it said last can still be read.
-            Err(error) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => Ok(()),
+            Err(error) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
+                Ok(())
+            }
             result => Ok(result?),
         }
     }

@@ -4,6 +4,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use super::backend::WindowSize;
 use super::client::{self, Connection};
 use super::records::{self, Record, Records, short};
 use super::supervisor::protocol::{Event, Request};
@@ -48,8 +49,14 @@ pub struct Starting {
     pub connection: Connection,
 }
 
-/// Starts a container under a supervisor of its own. `requests` are the first that it gets.
-pub fn start(records: &Records, id: &str, requests: &[Request]) -> Result<Starting, Error> {
+/// Starts a container under a supervisor of its own. With `attach` its output comes over the connection, and its input ends
+/// with the connection's if that is true.
+pub fn start(
+    records: &Records,
+    id: &str,
+    attach: Option<bool>,
+    window: Option<WindowSize>,
+) -> Result<Starting, Error> {
     let life = records.take_life(id)?.ok_or_else(|| Error::Running(id.into()))?;
     let mut record = records.read(id)?;
     if record.state.status.is_live() {
@@ -57,13 +64,14 @@ pub fn start(records: &Records, id: &str, requests: &[Request]) -> Result<Starti
         records.bury(&mut record)?;
     }
     let (ours, its) = UnixStream::pair().map_err(Error::Fork)?;
-    let mut connection = Connection::over(ours);
-    for request in requests {
-        connection.send(request).map_err(|source| Error::Client { id: id.into(), source })?;
-    }
+    let connection = Connection::over(ours);
     let log = records.roots().container_run(id).join("supervisor.log");
     let config = record.config;
-    fork::detach(&log, || supervisor::supervise(records, config, life, Some(its))).map_err(Error::Fork)?;
+    fork::detach(&log, || {
+        let first = supervisor::First { stream: its, attach, window };
+        supervisor::supervise(records, config, life, first);
+    })
+    .map_err(Error::Fork)?;
     Ok(Starting { connection })
 }
 

@@ -193,7 +193,10 @@ mod tests {
         ];
         assert_eq!(all(&mut reader), expected);
         writer.write(Source::Stdout, &vec![b'x'; 2 * ENTRY_BYTES_MAX + 1]);
-        assert_eq!(all(&mut reader).iter().map(|(_, log)| log.len()).collect::<Vec<_>>(), [ENTRY_BYTES_MAX; 2]);
+        assert_eq!(
+            all(&mut reader).iter().map(|(_, log)| log.len()).collect::<Vec<_>>(),
+            [ENTRY_BYTES_MAX; 2]
+        );
         let mut last = Reader::open(&path).unwrap();
         last.skip_to_last(3).unwrap();
         assert_eq!(all(&mut last).len(), 3);
@@ -205,7 +208,8 @@ mod tests {
     fn damaged_and_unfinished_lines_are_no_entries() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("log");
-        std::fs::write(&path, "nonsense\n{\"log\":\"a\",\"stream\":\"stdout\",\"time\":\"t\"}\n{\"log\":").unwrap();
+        std::fs::write(&path, "nonsense\n{\"log\":\"a\",\"stream\":\"stdout\",\"time\":\"t\"}\n{\"log\":")
+            .unwrap();
         assert_eq!(all(&mut Reader::open(&path).unwrap()), [(Source::Stdout, "a".into())]);
     }
 }

@@ -455,9 +455,8 @@ pub fn sweep(records: &Records) -> Result<(), Error> {
     if left.is_empty() {
         return Ok(());
     }
-    Networks::new(&roots.data, &roots.run).repair(|id| {
-        there.iter().any(|other| other == id) || records.is_supervised(id)
-    })?;
+    Networks::new(&roots.data, &roots.run)
+        .repair(|id| there.iter().any(|other| other == id) || records.is_supervised(id))?;
     for name in left {
         let (run, sandbox) = (containers.join(&name), sandboxes.join(&name));
         if run.is_dir() {

@@ -15,12 +15,18 @@ pub fn two_containers_share_a_sandbox(sandbox: &mut Sandbox) {
     let script = "hostname; cat /proc/1/comm; kill -0 1 && echo seen";
     let of_first = || Namespace::Container(first.clone());
     let ended = sandbox.run_shell(script, |spec| {
-        spec.namespaces =
-            Namespaces { pid: of_first(), uts: of_first(), ipc: of_first(), network: of_first(), cgroup: Namespace::Own };
+        spec.namespaces = Namespaces {
+            pid: of_first(),
+            uts: of_first(),
+            ipc: of_first(),
+            network: of_first(),
+            cgroup: Namespace::Own,
+        };
         spec.hostname = Some("ignored".into());
     });
     assert_eq!(ended.output(), "box\nsleep\nseen");
-    let ended = sandbox.run_shell("hostname; cat /proc/1/comm; true", |spec| spec.hostname = Some("other".into()));
+    let ended =
+        sandbox.run_shell("hostname; cat /proc/1/comm; true", |spec| spec.hostname = Some("other".into()));
     assert_eq!(ended.output(), "other\nsh");
     // The sandbox's own.
     let ended = sandbox.run_shell("hostname; [ $$ -gt 1 ] && cat /proc/1/comm", |spec| {
@@ -93,7 +99,10 @@ pub fn states_are_respected(sandbox: &mut Sandbox) {
     ));
     sandbox.client.start(&spec.id).unwrap();
     sandbox.wait_exit(&spec.id, FIRST_PROCESS);
-    assert!(matches!(failure(sandbox.client.start(&spec.id)), Failure::State { state: State::Stopped(_), .. }));
+    assert!(matches!(
+        failure(sandbox.client.start(&spec.id)),
+        Failure::State { state: State::Stopped(_), .. }
+    ));
     sandbox.client.delete(&spec.id, false).unwrap();
     let mut bad = spec;
     bad.id = "../x".into();
@@ -102,7 +111,10 @@ pub fn states_are_respected(sandbox: &mut Sandbox) {
 
 pub fn sandbox_is_configured(sandbox: &mut Sandbox) {
     let info = sandbox.client.info().clone();
-    assert!(info.kernel.starts_with("6.1") && info.memory_bytes > 64 << 20 && info.controllers.contains("memory"), "{info:?}");
+    assert!(
+        info.kernel.starts_with("6.1") && info.memory_bytes > 64 << 20 && info.controllers.contains("memory"),
+        "{info:?}"
+    );
     let configuration = Configuration {
         hostname: Some("sandbox".into()),
         clock_ns: Some(2_000_000_000_000_000_000),
@@ -111,13 +123,24 @@ pub fn sandbox_is_configured(sandbox: &mut Sandbox) {
         sysctls: vec![("net.core.somaxconn".into(), "1234".into())],
     };
     sandbox.client.configure(configuration).unwrap();
-    let ended = sandbox.run_shell("hostname; date +%Y; cat /proc/sys/net/core/somaxconn; ping -c1 127.0.0.1 >/dev/null && echo up", |spec| {
-        spec.namespaces.uts = Namespace::Sandbox;
-        spec.namespaces.network = Namespace::Sandbox;
-    });
+    let ended = sandbox.run_shell(
+        "hostname; date +%Y; cat /proc/sys/net/core/somaxconn; ping -c1 127.0.0.1 >/dev/null && echo up",
+        |spec| {
+            spec.namespaces.uts = Namespace::Sandbox;
+            spec.namespaces.network = Namespace::Sandbox;
+        },
+    );
     assert_eq!(ended.output(), "sandbox\n2033\n1234\nup");
-    let missing = Interface { mac: [2, 0, 0, 0, 0, 9], name: "eth0".into(), mtu: None, addresses: vec![], routes: vec![] };
-    let refused = failure(sandbox.client.configure(Configuration { interfaces: vec![missing], ..Configuration::default() }));
+    let missing = Interface {
+        mac: [2, 0, 0, 0, 0, 9],
+        name: "eth0".into(),
+        mtu: None,
+        addresses: vec![],
+        routes: vec![],
+    };
+    let refused = failure(
+        sandbox.client.configure(Configuration { interfaces: vec![missing], ..Configuration::default() }),
+    );
     assert_eq!(refused.to_string(), "no network device with the address 02:00:00:00:00:09");
 }
 

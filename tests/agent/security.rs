@@ -48,11 +48,12 @@ fn filter(call: i64, errno: u32) -> Seccomp {
 
 pub fn filter_blocks_a_call(sandbox: &mut Sandbox) {
     for no_new_privileges in [false, true] {
-        let ended = sandbox.run_shell("mkdir /tmp/x || echo blocked; grep Seccomp: /proc/self/status", |spec| {
-            spec.process.seccomp = Some(filter(libc::SYS_mkdir, libc::ENOTNAM as u32));
-            spec.process.no_new_privileges = no_new_privileges;
-            spec.process.user = User::Ids { uid: 1000, gid: 1000, groups: vec![] };
-        });
+        let ended =
+            sandbox.run_shell("mkdir /tmp/x || echo blocked; grep Seccomp: /proc/self/status", |spec| {
+                spec.process.seccomp = Some(filter(libc::SYS_mkdir, libc::ENOTNAM as u32));
+                spec.process.no_new_privileges = no_new_privileges;
+                spec.process.user = User::Ids { uid: 1000, gid: 1000, groups: vec![] };
+            });
         assert_eq!(ended.output(), "blocked\nSeccomp:\t2", "{no_new_privileges}");
     }
     let process = sandbox.program(&["true"]);
@@ -79,8 +80,13 @@ pub fn capabilities_are_what_was_given(sandbox: &mut Sandbox) {
     let ambient = sets(|process| {
         process.user = User::Ids { uid: 7, gid: 7, groups: vec![] };
         let some = NET_BIND_SERVICE;
-        process.capabilities =
-            Capabilities { bounding: some | SYS_ADMIN, effective: some, inheritable: some, permitted: some, ambient: some };
+        process.capabilities = Capabilities {
+            bounding: some | SYS_ADMIN,
+            effective: some,
+            inheritable: some,
+            permitted: some,
+            ambient: some,
+        };
     });
     let some = NET_BIND_SERVICE;
     assert_eq!(ambient, [some, some, some, some | SYS_ADMIN, some, 0]);
@@ -110,6 +116,7 @@ pub fn images_cannot_lead_out(sandbox: &mut Sandbox) {
 pub fn devices_are_filtered(sandbox: &mut Sandbox) {
     // r0 = 0; exit: no device at all.
     let none = vec![0xb7, 0, 0, 0, 0, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0];
-    let script = "(mknod /tmp/vda b 254 0 && dd if=/tmp/vda of=/dev/null count=1) 2>/dev/null || echo refused";
+    let script =
+        "(mknod /tmp/vda b 254 0 && dd if=/tmp/vda of=/dev/null count=1) 2>/dev/null || echo refused";
     assert_eq!(sandbox.run_shell(script, |spec| spec.device_filter = none).output(), "refused");
 }

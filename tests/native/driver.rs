@@ -158,14 +158,19 @@ fn answer(setup: &Setup, native: &mut Native, running: &mut Vec<Running>, reques
         Request::Create => match bundle(setup) {
             Err(error) => json!({ "error": error, "code": 125 }),
             Ok(bundle) => match native.create(&bundle) {
-                Ok(streams) => {
+                Ok(()) => {
+                    let streams = native.take_streams().expect("streams");
                     running[0] = Running::of(streams, None);
                     json!({})
                 }
                 Err(error) => failure(&error),
             },
         },
-        Request::Start => done(native.start()),
+        Request::Start => done(native.start().map(drop).or_else(|error| match error {
+            // The streams were taken before, and that was the last step.
+            Error::NotRunning => Ok(()),
+            error => Err(error),
+        })),
         Request::Write(process, text) => {
             running[process].write(text.as_bytes());
             json!({})
@@ -324,9 +329,9 @@ fn bench(count: usize) {
         let bundle = bundle(&setup).expect("a container");
         times.push(Instant::now());
         let mut native = native(&setup);
-        let streams = native.create(&bundle).unwrap_or_else(|error| panic!("{}", rvmm::error_chain(&error)));
+        native.create(&bundle).unwrap_or_else(|error| panic!("{}", rvmm::error_chain(&error)));
         times.push(Instant::now());
-        native.start().unwrap_or_else(|error| panic!("{}", rvmm::error_chain(&error)));
+        let streams = native.start().unwrap_or_else(|error| panic!("{}", rvmm::error_chain(&error)));
         times.push(Instant::now());
         while native.exit_status().expect("a status").is_none() {
             let event = native.exit_event().expect("a process");

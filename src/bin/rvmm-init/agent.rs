@@ -329,7 +329,10 @@ impl Agent {
 
     fn end_process(&mut self, pid: i32, status: ExitStatus) {
         for container in self.containers.values_mut() {
-            let found = container.processes.iter_mut().find(|(_, process)| process.pid == pid && process.status.is_none());
+            let found = container
+                .processes
+                .iter_mut()
+                .find(|(_, process)| process.pid == pid && process.status.is_none());
             let Some((number, process)) = found else { continue };
             process.status = Some(status);
             // What reads the terminal then sees its end, unless somebody else uses it.
@@ -390,7 +393,9 @@ impl Agent {
         let mut events = Vec::new();
         for (id, container) in &self.containers {
             for (number, process) in container.processes.iter().filter(|(_, process)| process.told) {
-                events.extend(process.status.map(|status| exited(id, *number, status, container.oom_kills > 0)));
+                events.extend(
+                    process.status.map(|status| exited(id, *number, status, container.oom_kills > 0)),
+                );
             }
         }
         if let Some(control) = self.controls.get_mut(&connection) {

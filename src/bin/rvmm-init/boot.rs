@@ -64,14 +64,9 @@ pub fn prepare() -> Result<(), Error> {
     // The kernel's own root cannot be left by pivot_root(2), so another one goes over it.
     new_mount(c"tmpfs", c"/r", none, c"mode=0755")?;
     chdir(c"/r").map_err(|error| Error("enter the new root", error))?;
-    for (name, mode) in [
-        (c"dev", 0o755),
-        (c"proc", 0o555),
-        (c"sys", 0o555),
-        (c"c", 0o700),
-        (c"m", 0o700),
-        (c"share", 0o700),
-    ] {
+    for (name, mode) in
+        [(c"dev", 0o755), (c"proc", 0o555), (c"sys", 0o555), (c"c", 0o700), (c"m", 0o700), (c"share", 0o700)]
+    {
         match mkdir(name, Mode::from_raw_mode(mode)) {
             Ok(()) => {}
             Err(error) => return Err(Error("make a directory", error)),
@@ -124,4 +119,3 @@ pub fn power_off() -> ! {
         std::thread::park();
     }
 }
-

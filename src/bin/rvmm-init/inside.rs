@@ -7,9 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{self, AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{
-    self, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
-};
+use rustix::mount::{self, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 use rustix::process;
 
 use crate::child::{at, close, write_file};
@@ -138,7 +136,10 @@ fn propagate(plan: &MountPlan) -> Result<(), Errno> {
     if plan.propagation & PROPAGATIONS == 0 {
         return Ok(());
     }
-    mount::mount_change(plan.target.as_c_str(), MountPropagationFlags::from_bits_retain(plan.propagation as u32))
+    mount::mount_change(
+        plan.target.as_c_str(),
+        MountPropagationFlags::from_bits_retain(plan.propagation as u32),
+    )
 }
 
 fn clone_tree(path: &CStr, recursive: bool) -> Result<OwnedFd, Errno> {
@@ -235,7 +236,8 @@ fn add_device(device: &DevicePlan) -> Result<(), Errno> {
 
 /// Covers a file with `/dev/null`, the agent's and not the image's, and a directory with an empty one.
 fn mask(path: &CStr, old: &OldRoot) -> Result<(), Errno> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     let null = mount::open_tree(&old.null, c"", flags)?;
     let attached = mount::move_mount(&null, c"", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH);
     close(null);
@@ -266,7 +268,8 @@ fn make_read_only(path: &CStr) -> Result<(), Errno> {
 
 /// Binds the process's terminal to `/dev/console`.
 pub fn bind_console(slave: &OwnedFd) -> Result<(), Errno> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     let tree = mount::open_tree(slave, c"", flags)?;
     attach_or_make(&tree, c"/dev/console", false)?;
     close(tree);

@@ -5,7 +5,9 @@ use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 use rustix::net::netlink::SocketAddrNetlink;
-use rustix::net::{AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, recv, sendto, socket_with};
+use rustix::net::{
+    AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, recv, sendto, socket_with,
+};
 use rvmm::guest::protocol::{Failure, Interface, Route};
 
 use crate::failure::Doing;
@@ -127,7 +129,8 @@ impl Batch {
     fn add_route(&mut self, index: u32, route: &Route) {
         let (destination, prefix) = route.destination;
         let scope = if route.gateway.is_none() && destination.is_ipv4() { RT_SCOPE_LINK } else { 0 };
-        let mut head = [family(destination), prefix, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, scope, RTN_UNICAST].to_vec();
+        let mut head =
+            [family(destination), prefix, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, scope, RTN_UNICAST].to_vec();
         head.extend_from_slice(&[0; 4]);
         self.begin(RTM_NEWROUTE, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, &head);
         if prefix > 0 {
@@ -279,7 +282,10 @@ pub fn configure(interfaces: &[Interface]) -> Result<(), Failure> {
     for interface in interfaces {
         let is_plain = |byte: u8| byte.is_ascii_graphic() && !b"/:".contains(&byte);
         let length = interface.name.len();
-        if !(1..16).contains(&length) || !interface.name.bytes().all(is_plain) || interface.name.starts_with('.') {
+        if !(1..16).contains(&length)
+            || !interface.name.bytes().all(is_plain)
+            || interface.name.starts_with('.')
+        {
             return Err(Failure::Invalid(format!("{:?} is no name of a network device", interface.name)));
         }
         let link = links.iter().find(|link| link.mac == interface.mac);

@@ -123,10 +123,10 @@ fn process(options: &ContainerOptions, image: &ImageConfig) -> anyhow::Result<Pr
     let mut env = of_image(image.env());
     for path in &options.env_file {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {path:?}"))?;
-        let lines = text.lines().map(str::trim_start).filter(|line| !line.is_empty() && !line.starts_with('#'));
+        let lines =
+            text.lines().map(str::trim_start).filter(|line| !line.is_empty() && !line.starts_with('#'));
         for line in lines {
-            let variable: EnvVariable =
-                line.parse().map_err(|error| anyhow::anyhow!("{path:?}: {error}"))?;
+            let variable: EnvVariable = line.parse().map_err(|error| anyhow::anyhow!("{path:?}: {error}"))?;
             set(&mut env, &variable);
         }
     }
@@ -263,17 +263,16 @@ fn network(options: &ContainerOptions, image: &ImageConfig, records: &Records) -
             NetworkMode::Container(records.find(&one["container:".len()..])?)
         }
         names => {
-            if let Some(bad) = names.iter().find(|name| {
-                ["none", "host"].contains(&name.as_str()) || name.starts_with("container:")
-            }) {
+            if let Some(bad) = names
+                .iter()
+                .find(|name| ["none", "host"].contains(&name.as_str()) || name.starts_with("container:"))
+            {
                 bail!("the network {bad} excludes others");
             }
             let names = names.iter().enumerate();
             NetworkMode::Networks(
                 names
-                    .map(|(at, name)| {
-                        named(if name == "default" { "bridge" } else { name }, at == 0)
-                    })
+                    .map(|(at, name)| named(if name == "default" { "bridge" } else { name }, at == 0))
                     .collect(),
             )
         }
@@ -286,7 +285,10 @@ fn network(options: &ContainerOptions, image: &ImageConfig, records: &Records) -
             (!options.network_alias.is_empty(), "--network-alias"),
         ];
         if let Some((_, flag)) = what.iter().find(|(given, _)| *given) {
-            bail!("{flag} needs a network of the container's own, and --network {} is none", options.network[0]);
+            bail!(
+                "{flag} needs a network of the container's own, and --network {} is none",
+                options.network[0]
+            );
         }
         if options.hostname.is_some() && matches!(mode, NetworkMode::Container(_)) {
             bail!("--hostname is the other container's with --network container:…");

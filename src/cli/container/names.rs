@@ -3,14 +3,14 @@
 use crate::container::records::Records;
 
 const FIRST: [&str; 32] = [
-    "able", "amber", "bold", "brisk", "calm", "clear", "crisp", "deft", "eager", "fair", "fleet", "fond", "glad",
-    "grand", "keen", "kind", "light", "lively", "mild", "neat", "noble", "plain", "proud", "quick", "quiet", "ready",
-    "sharp", "steady", "still", "swift", "tidy", "warm",
+    "able", "amber", "bold", "brisk", "calm", "clear", "crisp", "deft", "eager", "fair", "fleet", "fond",
+    "glad", "grand", "keen", "kind", "light", "lively", "mild", "neat", "noble", "plain", "proud", "quick",
+    "quiet", "ready", "sharp", "steady", "still", "swift", "tidy", "warm",
 ];
 const SECOND: [&str; 32] = [
-    "abacus", "anvil", "beacon", "bridge", "canal", "chisel", "compass", "crane", "engine", "ferry", "flint", "forge",
-    "harbor", "hinge", "kiln", "ladder", "lantern", "lathe", "lever", "loom", "mill", "pulley", "quarry", "rudder",
-    "sextant", "shuttle", "signal", "spindle", "turbine", "valve", "viaduct", "winch",
+    "abacus", "anvil", "beacon", "bridge", "canal", "chisel", "compass", "crane", "engine", "ferry", "flint",
+    "forge", "harbor", "hinge", "kiln", "ladder", "lantern", "lathe", "lever", "loom", "mill", "pulley",
+    "quarry", "rudder", "sextant", "shuttle", "signal", "spindle", "turbine", "valve", "viaduct", "winch",
 ];
 /// How often a name is tried before it gets a number.
 const TRIES: usize = 8;

@@ -41,7 +41,13 @@ pub enum Pull {
 #[derive(Args, Debug)]
 pub struct ContainerOptions {
     /// The wall around the container
-    #[arg(long, value_name = "WALL", default_value = "native", env = "RVMM_ISOLATION", help_heading = "Isolation")]
+    #[arg(
+        long,
+        value_name = "WALL",
+        default_value = "native",
+        env = "RVMM_ISOLATION",
+        help_heading = "Isolation"
+    )]
     pub isolation: IsolationFlag,
     /// Give all capabilities and devices, and mask nothing
     #[arg(long, help_heading = "Isolation")]

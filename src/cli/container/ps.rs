@@ -43,8 +43,7 @@ pub fn run(arguments: &PsArguments, records: &Records) -> anyhow::Result<ExitCod
     let mut found = vec![];
     for record in records.all()? {
         let by_status = arguments.filter.iter().any(|filter| filter.starts_with("status="));
-        let wanted =
-            arguments.all || arguments.last.is_some() || by_status || record.state.status.is_live();
+        let wanted = arguments.all || arguments.last.is_some() || by_status || record.state.status.is_live();
         if wanted && matches(&record, &arguments.filter)? {
             found.push(record);
         }

@@ -9,10 +9,10 @@ use super::configure::{ImageFacts, configure};
 use super::options::{ContainerOptions, Pull};
 use super::session::{self, Options, Outcome};
 use crate::cli::engine_program;
+use crate::container::client::Connection;
 use crate::container::config::ContainerConfig;
 use crate::container::life;
 use crate::container::records::Records;
-use crate::container::supervisor::protocol::Request;
 use crate::image;
 use crate::image::store::{Image, Store};
 
@@ -70,14 +70,10 @@ pub fn run(arguments: &RunArguments, records: &Records) -> anyhow::Result<ExitCo
         session::check_terminal(options.tty, options.interactive)?;
     }
     let config = make(options, records)?;
-    let mut requests = vec![];
-    if !arguments.detach {
-        requests.push(Request::Attach { closes_stdin: options.interactive });
-    }
-    if options.tty {
-        requests.extend(session::window_size().map(Request::Resize));
-    }
-    let started = start(records, &config, &requests, arguments.detach, |connection| {
+    let attach = (!arguments.detach).then_some(options.interactive);
+    let window = session::window_size().filter(|_| options.tty);
+    let mut starting = life::start(records, &config.id, attach, window)?;
+    let started = start(&mut starting, &config.id, arguments.detach, |connection| {
         let session = Options {
             stdin: options.interactive,
             terminal: options.tty,
@@ -90,19 +86,17 @@ pub fn run(arguments: &RunArguments, records: &Records) -> anyhow::Result<ExitCo
 }
 
 fn start(
-    records: &Records,
-    config: &ContainerConfig,
-    requests: &[Request],
+    starting: &mut life::Starting,
+    id: &str,
     detach: bool,
-    follow: impl FnOnce(&mut crate::container::client::Connection) -> anyhow::Result<Outcome>,
+    follow: impl FnOnce(&mut Connection) -> anyhow::Result<Outcome>,
 ) -> anyhow::Result<Outcome> {
-    let mut starting = life::start(records, &config.id, requests)?;
     if !detach {
         return follow(&mut starting.connection);
     }
     Ok(match starting.wait()? {
         Ok(()) => {
-            println!("{}", config.id);
+            println!("{id}");
             Outcome::Detached
         }
         Err((code, message)) => Outcome::Failed { code, message },

@@ -94,7 +94,8 @@ pub fn signals() -> anyhow::Result<SignalFd> {
     let mut mask = SigSet::empty();
     PASSED_ON.into_iter().chain([Signal::SIGWINCH]).for_each(|signal| mask.add(signal));
     mask.thread_block().context("cannot hold signals back")?;
-    SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("cannot wait for signals")
+    SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .context("cannot wait for signals")
 }
 
 /// Waits until one of these can be read, and says which.

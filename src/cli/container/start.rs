@@ -64,11 +64,8 @@ pub fn start(arguments: &StartArguments, records: &Records) -> anyhow::Result<Ex
     let config = records.read(&id)?.config;
     let stdin = arguments.interactive && config.process.stdin;
     session::check_terminal(config.process.terminal, stdin)?;
-    let mut requests = vec![Request::Attach { closes_stdin: stdin }];
-    if config.process.terminal {
-        requests.extend(session::window_size().map(Request::Resize));
-    }
-    let mut starting = life::start(records, &id, &requests)?;
+    let window = session::window_size().filter(|_| config.process.terminal);
+    let mut starting = life::start(records, &id, Some(stdin), window)?;
     let options = Options {
         stdin,
         terminal: config.process.terminal,
@@ -79,7 +76,7 @@ pub fn start(arguments: &StartArguments, records: &Records) -> anyhow::Result<Ex
 }
 
 fn start_detached(records: &Records, id: &str) -> anyhow::Result<()> {
-    match life::start(records, id, &[]) {
+    match life::start(records, id, None, None) {
         Ok(mut starting) => match starting.wait()? {
             Ok(()) => Ok(()),
             Err((_, message)) => bail!("{message}"),
@@ -115,12 +112,8 @@ pub fn attach(arguments: &AttachArguments, records: &Records) -> anyhow::Result<
     if let Some(size) = session::window_size().filter(|_| config.process.terminal) {
         connection.send(&Request::Resize(size))?;
     }
-    let options = Options {
-        stdin,
-        terminal: config.process.terminal,
-        pass_signals: arguments.sig_proxy,
-        detach_keys,
-    };
+    let options =
+        Options { stdin, terminal: config.process.terminal, pass_signals: arguments.sig_proxy, detach_keys };
     finish(session::follow(&mut connection, &options)?)
 }
 

@@ -56,8 +56,16 @@ pub fn stats(arguments: &StatsArguments, records: &Records) -> anyhow::Result<Ex
                 );
             }
         } else {
-            const HEADER: [&str; 8] =
-                ["CONTAINER ID", "NAME", "CPU %", "MEM USAGE / LIMIT", "MEM %", "NET I/O", "BLOCK I/O", "PIDS"];
+            const HEADER: [&str; 8] = [
+                "CONTAINER ID",
+                "NAME",
+                "CPU %",
+                "MEM USAGE / LIMIT",
+                "MEM %",
+                "NET I/O",
+                "BLOCK I/O",
+                "PIDS",
+            ];
             if !arguments.no_stream && stdout().is_terminal() {
                 // Home, and clear what is below.
                 print!("\x1b[H\x1b[J");
@@ -99,8 +107,10 @@ fn row(sample: &Sample, earlier: &[Sample]) -> Vec<String> {
     });
     let limit = stats.memory_limit_bytes;
     let unknown = || "--".to_owned();
-    let percent = stats.memory_bytes.zip(limit).map(|(used, limit)| 100.0 * used as f64 / limit.max(1) as f64);
-    let sum = |of: fn(&crate::container::backend::InterfaceStats) -> u64| stats.interfaces.iter().map(of).sum();
+    let percent =
+        stats.memory_bytes.zip(limit).map(|(used, limit)| 100.0 * used as f64 / limit.max(1) as f64);
+    let sum =
+        |of: fn(&crate::container::backend::InterfaceStats) -> u64| stats.interfaces.iter().map(of).sum();
     vec![
         short(&record.config.id).into(),
         record.config.name.clone(),

@@ -150,8 +150,21 @@ pub fn restart(text: &str) -> Result<Restart, String> {
 /// `NAME=SOFT[:HARD]`; -1 for no limit.
 pub fn rlimit(text: &str) -> Result<Rlimit, String> {
     const NAMES: [&str; 15] = [
-        "AS", "CORE", "CPU", "DATA", "FSIZE", "LOCKS", "MEMLOCK", "MSGQUEUE", "NICE", "NOFILE", "NPROC", "RSS",
-        "RTPRIO", "SIGPENDING", "STACK",
+        "AS",
+        "CORE",
+        "CPU",
+        "DATA",
+        "FSIZE",
+        "LOCKS",
+        "MEMLOCK",
+        "MSGQUEUE",
+        "NICE",
+        "NOFILE",
+        "NPROC",
+        "RSS",
+        "RTPRIO",
+        "SIGPENDING",
+        "STACK",
     ];
     let bad = || format!("{text:?} is not NAME=SOFT[:HARD]");
     let (name, value) = text.split_once('=').ok_or_else(bad)?;
@@ -326,7 +339,8 @@ pub fn secret(text: &str) -> Result<Secret, String> {
             _ => return Err(format!("unknown option {part:?} of a secret")),
         }
     }
-    let from = std::path::absolute(from.ok_or("a secret needs src=FILE")?).map_err(|error| error.to_string())?;
+    let from =
+        std::path::absolute(from.ok_or("a secret needs src=FILE")?).map_err(|error| error.to_string())?;
     let name = name
         .or_else(|| Some(from.file_name()?.to_str()?.to_owned()))
         .filter(|name| crate::container::records::is_name(name))

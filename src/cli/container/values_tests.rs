@@ -37,7 +37,10 @@ fn volumes_are_read_in_every_form() {
     assert_eq!(super::mount("type=bind,src=/a,dst=/b,readonly"), Ok(mount(bind("/a"), "/b", true)));
     assert_eq!(super::mount("source=v,target=/b"), Ok(mount(named("v", true), "/b", false)));
     let memory = MountSource::Tmpfs { size_bytes: Some(1 << 20), mode: Some(0o700), options: vec![] };
-    assert_eq!(super::mount("type=tmpfs,target=/t,tmpfs-size=1m,tmpfs-mode=700"), Ok(mount(memory, "/t", false)));
+    assert_eq!(
+        super::mount("type=tmpfs,target=/t,tmpfs-size=1m,tmpfs-mode=700"),
+        Ok(mount(memory, "/t", false))
+    );
     let memory = MountSource::Tmpfs { size_bytes: Some(1 << 20), mode: None, options: vec!["noexec".into()] };
     assert_eq!(tmpfs("/t:size=1m,noexec,ro"), Ok(mount(memory, "/t", true)));
     for text in ["type=bind,target=/b", "type=bind,src=a,target=/b", "type=nfs,target=/b", "source=a"] {

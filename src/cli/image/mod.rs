@@ -14,13 +14,12 @@ mod table;
 mod tag;
 
 use std::io::{self, Write};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
-use crate::image::registry::{Options, Progress};
-use crate::image::{Image, PullPolicy, Store};
+use crate::image::Store;
+use crate::image::registry::Options;
 
 pub use inspect::describe;
 
@@ -72,35 +71,6 @@ impl RegistryArguments {
     pub fn options(&self) -> Options {
         Options { tls_verify: self.tls_verify, ..Options::default() }
     }
-}
-
-/// Where data lies: `$RVMM_ROOT`, `/var/lib/rvmm` for root, `$XDG_DATA_HOME/rvmm` for others.
-pub fn data_root() -> PathBuf {
-    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    if let Some(root) = variable("RVMM_ROOT") {
-        return root;
-    }
-    if rustix::process::geteuid().is_root() {
-        return PathBuf::from("/var/lib/rvmm");
-    }
-    let home = || variable("HOME").unwrap_or_else(|| PathBuf::from("/")).join(".local/share");
-    variable("XDG_DATA_HOME").unwrap_or_else(home).join("rvmm")
-}
-
-/// The store of images below it.
-pub fn open_store() -> anyhow::Result<Store> {
-    Ok(Store::open(&data_root().join("images"))?)
-}
-
-/// The image for a new container: here, or fetched as the policy says, with progress on standard error.
-pub fn obtain(
-    store: &Store,
-    name: &str,
-    policy: PullPolicy,
-    quiet: bool,
-    registry: &RegistryArguments,
-) -> anyhow::Result<Image> {
-    Ok(crate::image::obtain(store, name, policy, &registry.options(), &Progress::detect(quiet))?)
 }
 
 /// Does what a verb says.

@@ -65,6 +65,9 @@ pub struct Microvm {
     running: Option<Running>,
     /// What the VM's processes may do is in the specification, which further processes need too.
     spec: Option<Spec>,
+    /// The streams and the terminal's size, until the process is started.
+    wanted: Option<Wanted>,
+    window: Option<agent::WindowSize>,
     exit: Option<ExitStatus>,
     oom_killed: bool,
 }
@@ -78,10 +81,9 @@ struct Running {
 fn agent_error(what: &str) -> impl FnOnce(client::Error) -> Error + '_ {
     move |error| match error {
         client::Error::Failed(Failure::NotFound { program, .. }) => Error::NotFound { program },
-        client::Error::Failed(Failure::NotExecutable { program, errno }) => Error::NotExecutable {
-            program,
-            reason: io::Error::from_raw_os_error(errno).to_string(),
-        },
+        client::Error::Failed(Failure::NotExecutable { program, errno }) => {
+            Error::NotExecutable { program, reason: io::Error::from_raw_os_error(errno).to_string() }
+        }
         error => Error::failed(format!("cannot {what} in the microVM"), error),
     }
 }
@@ -89,7 +91,16 @@ fn agent_error(what: &str) -> impl FnOnce(client::Error) -> Error + '_ {
 impl Microvm {
     /// A container that is to be made.
     pub fn new(id: &str, place: Place) -> Microvm {
-        Microvm { id: id.into(), place, running: None, spec: None, exit: None, oom_killed: false }
+        Microvm {
+            id: id.into(),
+            place,
+            running: None,
+            spec: None,
+            wanted: None,
+            window: None,
+            exit: None,
+            oom_killed: false,
+        }
     }
 
     /// A container that another process has made, with the specification that it was made from.
@@ -205,7 +216,8 @@ fn window(size: WindowSize) -> agent::WindowSize {
 
 /// Processors of the VM: as many as the limit needs, or the host's up to four.
 fn cpus(limits: &Limits) -> u32 {
-    let host = std::thread::available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(1));
+    let host =
+        std::thread::available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(1));
     match limits.cpu_millis {
         Some(millis) => u32::try_from(millis.div_ceil(1000)).unwrap_or(u32::MAX).clamp(1, host.max(1)),
         None => host.clamp(1, CPUS_MAX),
@@ -242,29 +254,37 @@ fn make_disk(path: &Path, bytes: u64) -> Result<(), Error> {
 }
 
 impl Backend for Microvm {
-    fn create(&mut self, bundle: &Bundle) -> Result<Streams, Error> {
+    fn create(&mut self, bundle: &Bundle) -> Result<(), Error> {
         let hostname = bundle.spec.hostname().clone().unwrap_or_default();
         let running = self.enter(&bundle.config, &hostname)?;
         let files = &bundle.dir;
-        let mut translated =
-            translate::container(&self.id, &bundle.spec, files, bundle.config.process.init)?;
+        let mut translated = translate::container(&self.id, &bundle.spec, files, bundle.config.process.init)?;
         translated.spec.root = self.root(bundle);
         if !self.place.own {
             let path = bundle.rootfs.clone();
             translated.shared.push(translate::Shared { path, name: format!("{}/rootfs", self.id) });
         }
         running.sandbox.share(&translated.shared)?;
-        let wanted = Wanted::new(&running.client, bundle.config.process.terminal, bundle.config.process.stdin)?;
+        let wanted =
+            Wanted::new(&running.client, bundle.config.process.terminal, bundle.config.process.stdin)?;
         translated.spec.process.stdio = wanted.stdio();
         let running = self.running.insert(running);
         running.client.create(translated.spec).map_err(agent_error("make the container"))?;
         self.spec = Some(bundle.spec.clone());
-        wanted.open(&self.running.as_ref().ok_or(Error::NotRunning)?.client)
+        self.wanted = Some(wanted);
+        Ok(())
     }
 
-    fn start(&mut self) -> Result<(), Error> {
+    fn start(&mut self) -> Result<Streams, Error> {
         let id = self.id.clone();
-        self.client()?.start(&id).map(drop).map_err(agent_error("start the container"))
+        let wanted = self.wanted.take().ok_or(Error::NotRunning)?;
+        let window = self.window.take();
+        let client = self.client()?;
+        client.start(&id).map_err(agent_error("start the container"))?;
+        if let Some(size) = window {
+            client.resize(&id, FIRST_PROCESS, size).map_err(agent_error("resize the terminal"))?;
+        }
+        wanted.open(client)
     }
 
     fn pid(&self) -> Option<u32> {
@@ -292,6 +312,10 @@ impl Backend for Microvm {
     }
 
     fn resize(&mut self, size: WindowSize) -> Result<(), Error> {
+        if self.wanted.is_some() {
+            self.window = Some(window(size));
+            return Ok(());
+        }
         let id = self.id.clone();
         self.client()?.resize(&id, FIRST_PROCESS, window(size)).map_err(agent_error("resize the terminal"))
     }
@@ -369,6 +393,7 @@ impl Backend for Microvm {
 }
 
 /// Streams that a process is to have.
+#[derive(Debug)]
 struct Wanted {
     terminal: bool,
     stdin: Option<u64>,

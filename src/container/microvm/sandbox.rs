@@ -85,7 +85,8 @@ impl Sandbox {
         })?);
         config.cmdline = Some(CMDLINE.into());
         config.rng = true;
-        config.balloon = Some(Balloon { free_page_reporting: true, deflate_on_oom: true, ..Balloon::default() });
+        config.balloon =
+            Some(Balloon { free_page_reporting: true, deflate_on_oom: true, ..Balloon::default() });
         config.vsock = Some(Vsock { cid: CID, socket: dir.join("vsock.sock") });
         config.shares = vec![Share::new(SHARE_TAG, share)];
         config.serial = SerialConfig::File(dir.join("console.log"));
@@ -213,7 +214,8 @@ pub fn leave(dir: &Path, id: &str) -> Result<bool, Error> {
     if !dir.exists() {
         return Ok(true);
     }
-    let _lock = Lock::wait(&dir.join("lock")).map_err(|error| Error::failed("cannot lock the sandbox", error))?;
+    let _lock =
+        Lock::wait(&dir.join("lock")).map_err(|error| Error::failed("cannot lock the sandbox", error))?;
     unshare(&dir.join("share").join(id))?;
     let _ = fs::remove_file(dir.join("users").join(id));
     let others = fs::read_dir(dir.join("users")).map(|users| users.count()).unwrap_or(0);
@@ -239,7 +241,8 @@ pub fn leave(dir: &Path, id: &str) -> Result<bool, Error> {
 
 /// Removes a folder of the share with all that is mounted in it. What is mounted is not touched.
 fn unshare(folder: &Path) -> Result<(), Error> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(failed("read", Path::new("mountinfo")))?;
+    let mounts =
+        fs::read_to_string("/proc/self/mountinfo").map_err(failed("read", Path::new("mountinfo")))?;
     let below: Vec<PathBuf> = mounts
         .lines()
         .filter_map(|line| line.split(' ').nth(4))
@@ -294,7 +297,8 @@ fn spawn(dir: &Path, config: &Path) -> Result<u32, Error> {
     let this = std::env::current_exe().map_err(failed("find", Path::new("rvmm")))?;
     let program = this.parent().unwrap_or(Path::new("/")).join("rvmm");
     let log = dir.join("monitor.log");
-    let log = OpenOptions::new().append(true).create(true).mode(0o600).open(&log).map_err(failed("make", &log))?;
+    let log =
+        OpenOptions::new().append(true).create(true).mode(0o600).open(&log).map_err(failed("make", &log))?;
     let mut command = Command::new(&program);
     command.arg("--config").arg(config).arg("--api-socket").arg(dir.join("api.sock"));
     // A terminal's signals are for the container, and its end must not be the monitor's before the guest's.
@@ -322,9 +326,8 @@ fn interface((interface, _): &(Interface, TapPlug)) -> Result<protocol::Interfac
         .map(|byte| u8::from_str_radix(byte, 16))
         .collect::<Result<_, _>>()
         .map_err(|error| Error::failed(format!("the address {:?} is none", interface.mac), error))?;
-    let mac = <[u8; 6]>::try_from(mac).map_err(|_| Error::Unsupported {
-        what: format!("the address {:?} is none", interface.mac),
-    })?;
+    let mac = <[u8; 6]>::try_from(mac)
+        .map_err(|_| Error::Unsupported { what: format!("the address {:?} is none", interface.mac) })?;
     let everywhere = |gateway: &IpAddr| match gateway {
         IpAddr::V4(_) => (IpAddr::from([0; 4]), 0),
         IpAddr::V6(_) => (IpAddr::from([0; 16]), 0),

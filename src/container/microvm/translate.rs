@@ -324,17 +324,19 @@ fn limits(resources: &LinuxResources) -> Limits {
         limits.memory_bytes = positive(memory.limit());
         limits.memory_low_bytes = positive(memory.reservation());
         // Version 1 counts memory and swap together.
-        limits.swap_bytes =
-            memory.swap().and_then(|both| u64::try_from(both).ok()).zip(limits.memory_bytes).map(
-                |(both, memory)| both.saturating_sub(memory),
-            );
+        limits.swap_bytes = memory
+            .swap()
+            .and_then(|both| u64::try_from(both).ok())
+            .zip(limits.memory_bytes)
+            .map(|(both, memory)| both.saturating_sub(memory));
     }
     if let Some(cpu) = resources.cpu() {
         limits.cpu_quota = positive(cpu.quota()).map(|quota| (quota, cpu.period().unwrap_or(100_000)));
         // The same scale as runc's: 2 to 262144 shares are 1 to 10000 of weight.
-        limits.cpu_weight = cpu.shares().filter(|shares| *shares >= 2).map(|shares| {
-            1 + (shares.min(262_144) - 2) * 9999 / 262_142
-        });
+        limits.cpu_weight = cpu
+            .shares()
+            .filter(|shares| *shares >= 2)
+            .map(|shares| 1 + (shares.min(262_144) - 2) * 9999 / 262_142);
     }
     limits.pids = resources.pids().as_ref().and_then(|pids| positive(Some(pids.limit())));
     limits

@@ -84,6 +84,8 @@ pub struct Native {
     /// The compiled filter and its flags.
     filter: Option<(Rc<Vec<u8>>, u32)>,
     first: Option<FirstProcess>,
+    /// The host's ends of the first process's streams, until it is started.
+    streams: Option<Streams>,
     executions: Vec<Rc<Running>>,
 }
 
@@ -100,8 +102,9 @@ pub fn mount_layers(layers: &[PathBuf], writable: &Path, target: &Path) -> Resul
 fn mount(layers: &[PathBuf], writable: &Path, target: &Path, volatile: bool) -> Result<(), Error> {
     let user_namespace = rootless::in_user_namespace();
     let overlay = rootfs::Overlay { layers, writable, target, user_namespace, volatile };
-    rootfs::mount_overlay(&overlay)
-        .map_err(|source| Error::failed(format!("cannot mount {} layers at {target:?}", layers.len()), source))
+    rootfs::mount_overlay(&overlay).map_err(|source| {
+        Error::failed(format!("cannot mount {} layers at {target:?}", layers.len()), source)
+    })
 }
 
 /// Takes that away again; nothing happens if it is not there.
@@ -128,6 +131,7 @@ impl Native {
             spec: None,
             filter: None,
             first: None,
+            streams: None,
             executions: vec![],
         }
     }
@@ -161,6 +165,11 @@ impl Native {
             None => compile_seccomp(seccomp),
         };
         program.map_err(|source| Error::failed("cannot make the container's filter", source))
+    }
+
+    /// The host's ends of the streams of a process that is not started yet.
+    pub fn take_streams(&mut self) -> Option<Streams> {
+        self.streams.take()
     }
 
     /// Keeps compiled filters in a directory that no other user can write to.
@@ -295,7 +304,7 @@ impl Backend for Native {
         self.first.as_ref().and_then(|first| u32::try_from(first.child.pid).ok())
     }
 
-    fn create(&mut self, bundle: &Bundle) -> Result<Streams, Error> {
+    fn create(&mut self, bundle: &Bundle) -> Result<(), Error> {
         child::check_single_thread()?;
         if self.first.is_some() {
             return Err(Error::failed("cannot make the container", "it is there already"));
@@ -314,7 +323,10 @@ impl Backend for Native {
         }
         self.write_record(&record)?;
         match self.make(bundle, &mut record) {
-            Ok(streams) => Ok(streams),
+            Ok(streams) => {
+                self.streams = Some(streams);
+                Ok(())
+            }
             Err(error) => {
                 // The first error counts; what could not be cleared away now is recorded.
                 let _ = self.delete();
@@ -323,14 +335,15 @@ impl Backend for Native {
         }
     }
 
-    fn start(&mut self) -> Result<(), Error> {
+    fn start(&mut self) -> Result<Streams, Error> {
         let socket = self.directory.join(START_SOCKET);
         let first = self.first.as_mut().ok_or(Error::NotRunning)?;
         let mut report =
             first.report.take().ok_or_else(|| Error::failed("cannot start the container", "it runs"))?;
         let started = child::start(&socket, &mut report);
         let _ = fs::remove_file(&socket);
-        started
+        started?;
+        self.streams.take().ok_or(Error::NotRunning)
     }
 
     fn exit_event(&self) -> Result<BorrowedFd<'_>, Error> {

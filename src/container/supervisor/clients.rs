@@ -29,11 +29,6 @@ pub struct Client {
 }
 
 impl Client {
-    /// Whether the client gets the container's output.
-    pub fn is_attached(&self) -> bool {
-        self.attached
-    }
-
     /// Makes the client get the container's output.
     pub fn attach(&mut self, closes_stdin: bool) {
         self.attached = true;

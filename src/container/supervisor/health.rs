@@ -55,7 +55,8 @@ impl Checks {
     /// What to wait for: the check's end, and its output.
     pub fn events(&self) -> Vec<BorrowedFd<'_>> {
         let Some(check) = &self.running else { return vec![] };
-        let output = [Source::Stdout, Source::Stderr].into_iter().filter_map(|source| check.pipes.output(source));
+        let output =
+            [Source::Stdout, Source::Stderr].into_iter().filter_map(|source| check.pipes.output(source));
         output.chain([check.execution.exit_event()]).collect()
     }
 
@@ -103,7 +104,12 @@ impl Checks {
         self.judge(health, started, code, output)
     }
 
-    fn begin(&self, backend: &mut dyn Backend, records: &Records, config: &ContainerConfig) -> Result<Check, Error> {
+    fn begin(
+        &self,
+        backend: &mut dyn Backend,
+        records: &Records,
+        config: &ContainerConfig,
+    ) -> Result<Check, Error> {
         let args = match self.config.test.split_first() {
             Some((kind, line)) if kind == "CMD-SHELL" => {
                 vec!["/bin/sh".into(), "-c".into(), line.join(" ")]
@@ -115,7 +121,8 @@ impl Checks {
             .map_err(|error| Error::failed("cannot make a health check", error))?;
         let (execution, mut streams) = backend.exec(&process)?;
         streams.stdin = None;
-        let pipes = Pipes::new(streams, false).map_err(|error| Error::failed("make a health check", error))?;
+        let pipes =
+            Pipes::new(streams, false).map_err(|error| Error::failed("make a health check", error))?;
         Ok(Check {
             execution,
             pipes,

@@ -21,7 +21,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use self::clients::Clients;
 use self::protocol::Event;
-use super::backend;
+use super::backend::{self, WindowSize};
 use super::config::{ContainerConfig, Restart};
 use super::files::Lock;
 use super::log;
@@ -75,8 +75,19 @@ impl Error {
     }
 }
 
-/// Looks after a container from its start to its end. `first` is a client that is there from the beginning.
-pub fn supervise(records: &Records, config: ContainerConfig, life: Lock, first: Option<UnixStream>) {
+/// A client that is there from the beginning.
+#[derive(Debug)]
+pub struct First {
+    /// The connection.
+    pub stream: UnixStream,
+    /// Whether it gets the output, and then whether the container's input ends with its own.
+    pub attach: Option<bool>,
+    /// The size of its terminal.
+    pub window: Option<WindowSize>,
+}
+
+/// Looks after a container from its start to its end.
+pub fn supervise(records: &Records, config: ContainerConfig, life: Lock, first: First) {
     let id = config.id.clone();
     if let Err(error) = Supervisor::new(records, config, first).map(|supervisor| supervisor.run()) {
         tracing::error!("{}", crate::error_chain(&error));
@@ -97,6 +108,8 @@ struct Supervisor<'a> {
     clients: Clients,
     log: log::Writer,
     signals: SignalFd,
+    /// The terminal's size.
+    window: Option<WindowSize>,
     /// What the user asked for last: the container ends and is not started again.
     stopping: Option<Stop>,
 }
@@ -110,7 +123,7 @@ struct Stop {
 }
 
 impl<'a> Supervisor<'a> {
-    fn new(records: &'a Records, config: ContainerConfig, first: Option<UnixStream>) -> Result<Self, Error> {
+    fn new(records: &'a Records, config: ContainerConfig, first: First) -> Result<Self, Error> {
         let roots = records.roots();
         let socket = roots.container_run(&config.id).join("control.sock");
         let log = roots.container(&config.id).join("log");
@@ -119,8 +132,9 @@ impl<'a> Supervisor<'a> {
         let listener = UnixListener::bind(&socket).map_err(host("listen at", &socket))?;
         listener.set_nonblocking(true).map_err(host("listen at", &socket))?;
         let mut clients = Clients::new(listener);
-        if let Some(first) = first {
-            clients.add(first);
+        clients.add(first.stream);
+        if let (Some(closes_stdin), Some(client)) = (first.attach, clients.all.first_mut()) {
+            client.attach(closes_stdin);
         }
         let mut mask = SigSet::empty();
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
@@ -131,7 +145,8 @@ impl<'a> Supervisor<'a> {
             .map_err(|errno| Error::Wait(errno.into()))?;
         let state = State { health: health::initial(&config), ..State::default() };
         let log = log::Writer::open(&log).map_err(host("write", &log))?;
-        Ok(Supervisor { records, config, state, clients, log, signals, stopping: None })
+        let window = first.window;
+        Ok(Supervisor { records, config, state, clients, log, signals, window, stopping: None })
     }
 
     /// Runs the container as often as it is to be run.

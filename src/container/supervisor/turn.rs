@@ -46,17 +46,16 @@ impl Supervisor<'_> {
     /// Runs the container once, and clears away what it has left on the host. Returns its exit code.
     pub(super) fn run_once(&mut self) -> Result<u8, Error> {
         let mut prepared = prepare::prepare(self.records, &self.config)?;
-        let streams = prepared.backend.create(&prepared.bundle)?;
-        let wait = |source| Error::Wait(source);
-        let mut pipes = Pipes::new(streams, self.config.process.terminal).map_err(wait)?;
+        prepared.backend.create(&prepared.bundle)?;
+        if let Some(size) = self.window {
+            prepared.backend.resize(size)?;
+        }
+        let streams = prepared.backend.start()?;
+        let mut pipes = Pipes::new(streams, self.config.process.terminal).map_err(Error::Wait)?;
         if !self.config.process.stdin {
             pipes.end_input();
         }
         let mut turn = Turn { backend: prepared.backend, pipes, checks: None, exit: None };
-        // Whoever was there first is attached before anything is printed, and a terminal has its size.
-        self.clients.all.iter_mut().for_each(super::clients::Client::fill);
-        self.serve(Some(&mut turn));
-        turn.backend.start()?;
 
         self.state.status = Status::Running;
         self.state.error = None;
@@ -259,11 +258,14 @@ impl Supervisor<'_> {
                 }
                 None
             }
-            (Request::Resize(size), Some(turn)) => {
-                let _ = turn.backend.resize(size);
+            (Request::Resize(size), turn) => {
+                self.window = Some(size);
+                if let Some(turn) = turn {
+                    let _ = turn.backend.resize(size);
+                }
                 None
             }
-            (Request::Stdin(_) | Request::StdinEnd | Request::Resize(_), None) => None,
+            (Request::Stdin(_) | Request::StdinEnd, None) => None,
             (Request::Signal(signal), Some(turn)) => {
                 if signal == libc::SIGKILL {
                     self.begin_stop(signal, None, Some(&mut *turn.backend));

@@ -26,12 +26,19 @@ pub(super) fn is_overlays(name: &[u8]) -> bool {
 
 /// Gives a file its owner and attributes; permissions too unless it is a link. In this order, as a new owner takes
 /// set-user-id bits and capabilities away.
-pub(super) fn apply(target: &Target<'_>, entry: &Entry, mode: Option<u32>, rights: Rights) -> Result<(), Errno> {
+pub(super) fn apply(
+    target: &Target<'_>,
+    entry: &Entry,
+    mode: Option<u32>,
+    rights: Rights,
+) -> Result<(), Errno> {
     if rights.owners {
         let (uid, gid) = (Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid)));
         match target {
             Target::File(file) => rustix::fs::fchown(file, uid, gid)?,
-            Target::Name(parent, name) => rustix::fs::chownat(*parent, *name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)?,
+            Target::Name(parent, name) => {
+                rustix::fs::chownat(*parent, *name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)?
+            }
         }
     }
     if let Some(mode) = mode {
@@ -68,7 +75,9 @@ pub(super) fn set_time(target: &Target<'_>, (seconds, nanoseconds): (i64, u32)) 
     let times = Timestamps { last_access: time, last_modification: time };
     match target {
         Target::File(file) => rustix::fs::futimens(file, &times),
-        Target::Name(parent, name) => rustix::fs::utimensat(*parent, *name, &times, AtFlags::SYMLINK_NOFOLLOW),
+        Target::Name(parent, name) => {
+            rustix::fs::utimensat(*parent, *name, &times, AtFlags::SYMLINK_NOFOLLOW)
+        }
     }
 }
 

@@ -13,9 +13,9 @@ mod pax;
 mod rights;
 mod sparse;
 mod stream;
-mod tree;
 #[doc(hidden)]
 pub mod testing;
+mod tree;
 mod unpack;
 
 pub use compression::{Compression, decompress, detect};
@@ -86,7 +86,11 @@ impl Error {
 fn shown(name: &[u8]) -> String {
     const MAX: usize = 200;
     let text = String::from_utf8_lossy(name);
-    if text.chars().count() <= MAX { text.into_owned() } else { text.chars().take(MAX).chain(['…']).collect() }
+    if text.chars().count() <= MAX {
+        text.into_owned()
+    } else {
+        text.chars().take(MAX).chain(['…']).collect()
+    }
 }
 
 #[cfg(test)]

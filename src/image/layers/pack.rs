@@ -112,7 +112,8 @@ impl<W: Write> Packer<W> {
             FileType::Directory => {
                 let inner = open(OFlags::RDONLY | OFlags::DIRECTORY).map_err(&failed)?;
                 let all = attributes::list(inner.as_fd()).map_err(&failed)?;
-                let is_opaque = all.iter().any(|(name, value)| name == self.rights.opaque().as_bytes() && value == b"y");
+                let is_opaque =
+                    all.iter().any(|(name, value)| name == self.rights.opaque().as_bytes() && value == b"y");
                 let xattrs = self.xattrs(&path, all)?;
                 let path = [path.as_slice(), b"/"].concat();
                 self.header(&path, stat, EntryType::Directory, 0, b"", &xattrs)?;
@@ -145,10 +146,14 @@ impl<W: Write> Packer<W> {
     fn xattrs(&self, path: &[u8], all: Vec<(Vec<u8>, Vec<u8>)>) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Error> {
         let mut kept = vec![];
         for (name, value) in all {
-            let overlay = name.strip_prefix(b"trusted.overlay.").or_else(|| name.strip_prefix(b"user.overlay."));
+            let overlay =
+                name.strip_prefix(b"trusted.overlay.").or_else(|| name.strip_prefix(b"user.overlay."));
             match overlay {
                 Some(b"redirect" | b"metacopy") => {
-                    return Err(Error::entry(path, "overlayfs keeps a part of it elsewhere (redirect_dir or metacopy)"));
+                    return Err(Error::entry(
+                        path,
+                        "overlayfs keeps a part of it elsewhere (redirect_dir or metacopy)",
+                    ));
                 }
                 Some(_) => {}
                 None => kept.push((name, value)),
@@ -206,7 +211,13 @@ impl<W: Write> Packer<W> {
         self.write(path, header, link, extended)
     }
 
-    fn write(&mut self, path: &[u8], mut header: Header, link: &[u8], mut extended: Vec<u8>) -> Result<(), Error> {
+    fn write(
+        &mut self,
+        path: &[u8],
+        mut header: Header,
+        link: &[u8],
+        mut extended: Vec<u8>,
+    ) -> Result<(), Error> {
         self.packed.entries += 1;
         let failed = Error::io(path, "write it to the archive");
         // A field that is full has no zero at its end, which not everybody reads; so names go there only when shorter.

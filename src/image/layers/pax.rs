@@ -23,7 +23,8 @@ pub(super) fn records(mut bytes: &[u8]) -> Result<Vec<(&[u8], &[u8])>, Error> {
         if bytes.iter().all(|b| *b == 0) {
             break;
         }
-        let (pair, rest) = record(bytes).ok_or(Error::Header("a record of an extended header is malformed"))?;
+        let (pair, rest) =
+            record(bytes).ok_or(Error::Header("a record of an extended header is malformed"))?;
         found.push(pair);
         bytes = rest;
     }
@@ -92,8 +93,19 @@ mod tests {
     #[test]
     fn malformed_records_are_refused() {
         for bytes in [
-            &b"5"[..], b"5 a=b", b"6 a=b", b"99 a=b\n", b"0 a=b\n", b"-6 a=b\n", b"6 ab=\nx", b"5 =b\n", b"5 ab\n",
-            b"18446744073709551615 a=b\n", b"99999999999999999999999 a=b\n", b" 6 a=b\n", b"1 a=b\n",
+            &b"5"[..],
+            b"5 a=b",
+            b"6 a=b",
+            b"99 a=b\n",
+            b"0 a=b\n",
+            b"-6 a=b\n",
+            b"6 ab=\nx",
+            b"5 =b\n",
+            b"5 ab\n",
+            b"18446744073709551615 a=b\n",
+            b"99999999999999999999999 a=b\n",
+            b" 6 a=b\n",
+            b"1 a=b\n",
         ] {
             assert!(records(bytes).is_err(), "{:?}", String::from_utf8_lossy(bytes));
         }

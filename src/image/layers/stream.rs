@@ -165,7 +165,8 @@ impl<R: Read> TarReader<R> {
 
     fn expect_data(&mut self, size: u64) -> Result<(), Error> {
         self.data = size;
-        self.padding = size.checked_next_multiple_of(BLOCK).ok_or(Error::Header("a size is too large"))? - size;
+        self.padding =
+            size.checked_next_multiple_of(BLOCK).ok_or(Error::Header("a size is too large"))? - size;
         Ok(())
     }
 
@@ -195,7 +196,8 @@ impl<R: Read> TarReader<R> {
     }
 
     fn entry(&mut self, header: &Header, size: u64, mut extended: Extended) -> Result<Entry, Error> {
-        let name = extended.sparse.name.take().or(extended.path).unwrap_or_else(|| header.path_bytes().into_owned());
+        let name =
+            extended.sparse.name.take().or(extended.path).unwrap_or_else(|| header.path_bytes().into_owned());
         let mut kind = match header.entry_type() {
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => Kind::File,
             EntryType::Link => Kind::HardLink,
@@ -239,7 +241,9 @@ impl<R: Read> TarReader<R> {
             number.ok().flatten().ok_or_else(|| wrong("its device numbers are not numbers"))
         };
         let device = match kind {
-            Kind::CharDevice | Kind::BlockDevice => (device(header.device_major())?, device(header.device_minor())?),
+            Kind::CharDevice | Kind::BlockDevice => {
+                (device(header.device_major())?, device(header.device_minor())?)
+            }
             _ => (0, 0),
         };
         Ok(Entry {

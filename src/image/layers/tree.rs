@@ -133,7 +133,9 @@ impl Tree {
             &["trusted.overlay.opaque", "user.overlay.opaque"]
         };
         let mut value = [0; 1];
-        names.iter().any(|name| rustix::fs::fgetxattr(directory, *name, &mut value) == Ok(1) && value == *b"y")
+        names
+            .iter()
+            .any(|name| rustix::fs::fgetxattr(directory, *name, &mut value) == Ok(1) && value == *b"y")
     }
 
     fn look_up(&self, layers: &[usize], path: &[u8]) -> Result<Found, Errno> {
@@ -205,7 +207,11 @@ impl Tree {
     }
 
     /// The directory for an entry, made in this layer with the attributes that it has below, and its parts without links.
-    pub(super) fn make_parents(&self, name: &[u8], parts: &[Vec<u8>]) -> Result<(OwnedFd, Vec<Vec<u8>>), Error> {
+    pub(super) fn make_parents(
+        &self,
+        name: &[u8],
+        parts: &[Vec<u8>],
+    ) -> Result<(OwnedFd, Vec<Vec<u8>>), Error> {
         if let Some(directory) = self.directory(parts) {
             return Ok((directory, parts.to_vec()));
         }
@@ -220,8 +226,10 @@ impl Tree {
                 Err(Errno::NOENT | Errno::NOTDIR) => {
                     let made = self.make_directory(directory.as_fd(), &step.name).map_err(&failed)?;
                     if let Some(below) = step.layers.iter().find(|index| **index != 0) {
-                        let below = self.layer(*below).and_then(|layer| open_directory(layer, &path.join(&b'/')));
-                        attributes::copy(below.map_err(&failed)?.as_fd(), made.as_fd(), self.rights).map_err(&failed)?;
+                        let below =
+                            self.layer(*below).and_then(|layer| open_directory(layer, &path.join(&b'/')));
+                        attributes::copy(below.map_err(&failed)?.as_fd(), made.as_fd(), self.rights)
+                            .map_err(&failed)?;
                     }
                     let stat = rustix::fs::fstat(&made).map_err(&failed)?;
                     self.implied.borrow_mut().push((path.clone(), final_of(&stat)));
@@ -261,7 +269,11 @@ impl Tree {
     }
 
     /// A file for a hard link: its parent's parts and its own name, and the layer below that has it if this one has not.
-    pub(super) fn find(&self, name: &[u8], parts: &[Vec<u8>]) -> Result<(Vec<Vec<u8>>, Option<OwnedFd>), Error> {
+    pub(super) fn find(
+        &self,
+        name: &[u8],
+        parts: &[Vec<u8>],
+    ) -> Result<(Vec<Vec<u8>>, Option<OwnedFd>), Error> {
         let missing = || Error::entry(name, "what it is a link to is not there");
         let (last, parents) = parts.split_last().ok_or_else(missing)?;
         let steps = self.walk(name, parents)?;

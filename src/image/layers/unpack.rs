@@ -64,7 +64,12 @@ struct Unpacker {
 
 /// Unpacks a layer into `directory`, which is empty. `below` has the layers under it, the next one first: where an
 /// archive leaves directories out, they get the attributes that they have there.
-pub fn unpack(stream: impl Read, directory: &Path, below: &[&Path], options: Options) -> Result<Unpacked, Error> {
+pub fn unpack(
+    stream: impl Read,
+    directory: &Path,
+    below: &[&Path],
+    options: Options,
+) -> Result<Unpacked, Error> {
     let compressed = Rc::new(Cell::new(0));
     let mut blob = Hashing::new(Counted { inner: stream, count: Rc::clone(&compressed) });
     let nothing = Unpacked {
@@ -108,7 +113,10 @@ impl Unpacker {
         let Some(name) = parents.pop() else { return self.root(entry) };
         let (parent, path) = self.parent(&entry.name, &parents)?;
         if name == OPAQUE {
-            return self.tree.make_opaque(parent.as_fd()).map_err(Error::file(&entry.name, "hide what is below"));
+            return self
+                .tree
+                .make_opaque(parent.as_fd())
+                .map_err(Error::file(&entry.name, "hide what is below"));
         }
         if name.starts_with(AUFS) {
             return Ok(());
@@ -122,7 +130,11 @@ impl Unpacker {
     fn count_entry(&mut self) -> Result<(), Error> {
         let Limits { entries, .. } = self.options.limits;
         self.unpacked.entries += 1;
-        if self.unpacked.entries > entries { Err(Error::Limit { what: "entries", limit: entries }) } else { Ok(()) }
+        if self.unpacked.entries > entries {
+            Err(Error::Limit { what: "entries", limit: entries })
+        } else {
+            Ok(())
+        }
     }
 
     /// Directories that were made on the way count like those that the archive names.
@@ -245,8 +257,10 @@ impl Unpacker {
                 if self.unpacked.bytes > bytes {
                     return Err(Error::Limit { what: "bytes in files", limit: bytes });
                 }
-                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let file = rustix::fs::openat(parent, name, flags, Mode::RUSR | Mode::WUSR).map_err(&failed)?;
+                let flags =
+                    OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let file =
+                    rustix::fs::openat(parent, name, flags, Mode::RUSR | Mode::WUSR).map_err(&failed)?;
                 let mut file = File::from(file);
                 reader.write_file(entry, &mut file).map_err(Error::io(&entry.name, "write it"))?;
                 let target = Target::File(file.as_fd());
@@ -268,7 +282,10 @@ impl Unpacker {
                 let (major, minor) = entry.device;
                 let kind = match entry.kind {
                     Kind::CharDevice if (major, minor) == (0, 0) => {
-                        return Err(Error::entry(&entry.name, "device 0:0 would be overlayfs's sign for a deleted file"));
+                        return Err(Error::entry(
+                            &entry.name,
+                            "device 0:0 would be overlayfs's sign for a deleted file",
+                        ));
                     }
                     Kind::CharDevice => FileType::CharacterDevice,
                     _ => FileType::BlockDevice,
@@ -280,7 +297,9 @@ impl Unpacker {
                 let device = rustix::fs::makedev(major, minor);
                 rustix::fs::mknodat(parent, name, kind, Mode::RUSR | Mode::WUSR, device).map_err(&failed)?;
             }
-            Kind::Directory | Kind::HardLink => return Err(Error::entry(&entry.name, "it was to be made elsewhere")),
+            Kind::Directory | Kind::HardLink => {
+                return Err(Error::entry(&entry.name, "it was to be made elsewhere"));
+            }
         }
         attributes::apply(&target, entry, mode, rights).map_err(&failed)?;
         attributes::set_time(&target, entry.mtime).map_err(&failed)
