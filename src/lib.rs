@@ -8,7 +8,7 @@
 //! - `fileserver -> fuse`: a process of its own
 //! - `virtio -> {memory, disk, tap, fuse, socket}`, never `kvm` or `vm`: it is handed event descriptors
 //! - `boot -> memory`; `legacy`, `disk`, `tap`, `memory`, `bus`, `socket` -> crates only
-//! - `platform` holds addresses and numbers, and every module may use it
+//! - `platform` holds addresses and numbers, `program` where this program is, and every module may use them
 //!
 //! `tests/tidy.rs` holds these edges.
 
@@ -27,6 +27,7 @@ pub mod kvm;
 pub mod legacy;
 pub mod memory;
 pub mod platform;
+pub mod program;
 pub mod socket;
 pub mod tap;
 pub mod terminal;

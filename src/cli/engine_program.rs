@@ -2,18 +2,19 @@
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use anyhow::Context;
+
+use crate::program;
 
 /// The engine's file name.
 pub const NAME: &str = "rvmm-engine";
 
 /// Where the engine is: in the directory of this program.
 pub fn path() -> anyhow::Result<PathBuf> {
-    let this = std::env::current_exe().context("cannot find out where rvmm is")?;
-    Ok(this.parent().unwrap_or(Path::new("/")).join(NAME))
+    Ok(program::directory().context("cannot find out where rvmm is")?.join(NAME))
 }
 
 /// Replaces this process by the engine. Returns only if that fails.

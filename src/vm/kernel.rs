@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::kvm::kind::Kind;
+use crate::program;
 
 /// File name of the kernel that suits a kind of KVM.
 pub fn file_name(kind: Kind) -> &'static str {
@@ -15,7 +16,7 @@ pub fn file_name(kind: Kind) -> &'static str {
 /// Where guest kernels are looked for, in order: beside a build tree's binary, below the current directory, then
 /// where packages and `make install` put them.
 pub fn directories() -> Vec<PathBuf> {
-    let built = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.parent()?.join("guest")));
+    let built = program::directory().ok().and_then(|directory| Some(directory.parent()?.join("guest")));
     let fixed = ["target/guest", "/usr/local/share/rvmm", "/usr/share/rvmm"].map(PathBuf::from);
     built.into_iter().chain(fixed).collect()
 }

@@ -18,6 +18,7 @@ mod values;
 use std::process::ExitCode;
 
 use crate::container::life;
+use crate::container::native;
 use crate::container::records::Records;
 use crate::container::roots::Roots;
 
@@ -48,6 +49,9 @@ pub enum ContainerCommand {
 /// Runs one of them.
 pub fn run(command: &ContainerCommand) -> anyhow::Result<ExitCode> {
     use ContainerCommand::*;
+    if matches!(command, Run(_) | Start(_) | Restart(_) | Exec(_)) && nix::unistd::geteuid().is_root() {
+        native::protect_own_program()?;
+    }
     let records = Records::open(&Roots::find()?)?;
     // What was killed without a chance to clear away is mended by whoever comes next.
     life::mend_all(&records)?;

@@ -22,6 +22,7 @@ use crate::container::files::{self, Lock};
 use crate::container::network::{Interface, TapPlug};
 use crate::guest::client::Client;
 use crate::guest::protocol::{self, Configuration};
+use crate::program;
 use crate::vm::config::{Balloon, SerialConfig, Share, VmConfig, Vsock};
 use crate::vm::kernel_directories as directories;
 
@@ -294,8 +295,7 @@ fn unescape(path: &str) -> String {
 }
 
 fn spawn(dir: &Path, config: &Path) -> Result<u32, Error> {
-    let this = std::env::current_exe().map_err(failed("find", Path::new("rvmm")))?;
-    let program = this.parent().unwrap_or(Path::new("/")).join("rvmm");
+    let program = program::directory().map_err(failed("find", Path::new("rvmm")))?.join("rvmm");
     let log = dir.join("monitor.log");
     let log =
         OpenOptions::new().append(true).create(true).mode(0o600).open(&log).map_err(failed("make", &log))?;

@@ -16,6 +16,7 @@ use rustix::mount::{OpenTreeFlags, open_tree};
 
 use super::sys;
 use crate::container::backend::Error;
+use crate::program;
 
 /// Starts this program anew from a read-only mount of its file, unless it runs from one. Does not return then.
 ///
@@ -31,8 +32,8 @@ pub fn protect_own_program() -> Result<(), Error> {
     }
     let what = "cannot mount the own program read-only";
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    let program = open_tree(CWD, own, flags).map_err(|errno| failed(what)(errno.into()))?;
-    sys::make_mount_read_only(program.as_fd()).map_err(failed(what))?;
+    let file = open_tree(CWD, own, flags).map_err(|errno| failed(what)(errno.into()))?;
+    sys::make_mount_read_only(file.as_fd()).map_err(failed(what))?;
     let strings = |list: Vec<std::ffi::OsString>| -> Result<Vec<CString>, Error> {
         let all = list.into_iter().map(|text| CString::new(text.into_vec())).collect::<Result<Vec<_>, _>>();
         all.map_err(|source| Error::failed(what, source))
@@ -44,7 +45,10 @@ pub fn protect_own_program() -> Result<(), Error> {
         whole.push(value);
         whole
     };
-    let env = strings(std::env::vars_os().map(variable).collect())?;
-    let Err(error) = nix::unistd::execveat(program.as_fd(), c"", &args, &env, AtFlags::AT_EMPTY_PATH);
+    let place = program::directory().map_err(failed(what))?;
+    let others = std::env::vars_os().filter(|(name, _)| name != program::DIRECTORY);
+    let place = (program::DIRECTORY.into(), place.into_os_string());
+    let env = strings(others.chain([place]).map(variable).collect())?;
+    let Err(error) = nix::unistd::execveat(file.as_fd(), c"", &args, &env, AtFlags::AT_EMPTY_PATH);
     Err(Error::failed("cannot start the own program anew", io::Error::from(error)))
 }
