@@ -10,6 +10,7 @@ mod boot;
 mod cli;
 mod console;
 mod fs;
+mod image;
 mod linux;
 mod nested_host;
 mod net;

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 const MAX_FILE_BYTES: u64 = 32 << 10;
 
 /// What each top-level module may use of the others. `platform` (numbers) is for all.
-const MAY_USE: [(&str, &[&str]); 17] = [
-    ("cli", &["api", "boot", "doctor", "fileserver", "kvm", "vm"]),
+const MAY_USE: [(&str, &[&str]); 18] = [
+    ("cli", &["api", "boot", "doctor", "fileserver", "image", "kvm", "vm"]),
+    ("image", &[]),
     ("api", &["socket", "vm"]),
     ("doctor", &["kvm", "vm"]),
     (

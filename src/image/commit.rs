@@ -58,7 +58,8 @@ impl FromStr for Change {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (word, rest) = text.trim().split_once(char::is_whitespace).ok_or("an instruction and its value")?;
+        let (word, rest) =
+            text.trim().split_once(char::is_whitespace).ok_or("an instruction and its value")?;
         let rest = rest.trim();
         let list = || match serde_json::from_str::<Vec<String>>(rest) {
             Ok(list) => list,
@@ -82,7 +83,11 @@ impl FromStr for Change {
             "USER" => Self::User(rest.to_owned()),
             "WORKDIR" => Self::WorkingDir(rest.to_owned()),
             "STOPSIGNAL" => Self::StopSignal(rest.to_owned()),
-            _ => return Err("one of CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME, WORKDIR".into()),
+            _ => {
+                return Err(
+                    "one of CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME, WORKDIR".into()
+                );
+            }
         })
     }
 }
@@ -98,7 +103,9 @@ fn within(map: &mut Map<String, Value>, name: &str, change: impl FnOnce(&mut Map
 }
 
 fn apply(config: &mut Map<String, Value>, change: &Change) {
-    let set = |config: &mut Map<String, Value>, name: &str, value: Value| drop(config.insert(name.to_owned(), value));
+    let set = |config: &mut Map<String, Value>, name: &str, value: Value| {
+        drop(config.insert(name.to_owned(), value))
+    };
     match change {
         Change::Cmd(list) => set(config, "Cmd", json!(list)),
         Change::Entrypoint(list) => set(config, "Entrypoint", json!(list)),
@@ -178,7 +185,7 @@ pub fn commit(
         kind if kind.ends_with("zstd") => Compression::Zstd,
         _ => Compression::None,
     };
-    let types = base.manifest.layers().iter().map(|layer| compression(&layer.media_type().to_string()));
+    let types = base.manifest.layers().iter().map(|layer| compression(layer.media_type().as_ref()));
     let mut all: Vec<_> = base.layers.iter().zip(types).map(|(l, kind)| (l.digest, l.size, kind)).collect();
     all.push((blob.0, blob.1, Compression::Gzip));
     let manifest = manifest::build((id, config.len() as u64), &all)?;

@@ -167,7 +167,8 @@ mod tests {
     fn texts_that_are_no_digests_are_refused() {
         let upper = EMPTY.replace("b0c", "B0C");
         let long = format!("{EMPTY}0");
-        for text in ["", "sha256:", &EMPTY[..70], &upper, &long, &EMPTY[7..], "sha512:00", "sha256:../../etc"] {
+        for text in ["", "sha256:", &EMPTY[..70], &upper, &long, &EMPTY[7..], "sha512:00", "sha256:../../etc"]
+        {
             assert!(text.parse::<Digest>().is_err(), "{text}");
         }
     }

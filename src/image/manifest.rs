@@ -54,7 +54,9 @@ pub fn parse(bytes: &[u8], media_type: Option<&str>) -> Result<Document, Error> 
     let known = |kind: &&str| [DOCKER_MANIFEST, DOCKER_INDEX, OCI_MANIFEST, OCI_INDEX].contains(kind);
     let kind = outline.media_type.as_deref().or(media_type.filter(known));
     match kind {
-        Some(DOCKER_INDEX | OCI_INDEX) => serde_json::from_slice(bytes).map(Document::Index).map_err(failed()),
+        Some(DOCKER_INDEX | OCI_INDEX) => {
+            serde_json::from_slice(bytes).map(Document::Index).map_err(failed())
+        }
         None if outline.manifests.is_some() => {
             serde_json::from_slice(bytes).map(Document::Index).map_err(failed())
         }
@@ -171,7 +173,8 @@ pub fn parse_config(bytes: &[u8]) -> Result<Configuration, Error> {
     let mut value: Value = serde_json::from_slice(bytes).map_err(Error::json("the image's configuration"))?;
     without_nulls(&mut value);
     let health = value.get("config").and_then(|config| config.get("Healthcheck")).cloned();
-    let health = health.map(serde_json::from_value).transpose().map_err(Error::json("the image's health check"))?;
+    let health =
+        health.map(serde_json::from_value).transpose().map_err(Error::json("the image's health check"))?;
     let config: ImageConfiguration =
         serde_json::from_value(value).map_err(Error::json("the image's configuration"))?;
     if *config.os() != Os::Linux || *config.architecture() != Arch::Amd64 {
@@ -180,7 +183,8 @@ pub fn parse_config(bytes: &[u8]) -> Result<Configuration, Error> {
     }
     let diff_ids = config.rootfs().diff_ids().iter().map(|text| text.parse());
     let diff_ids = diff_ids.collect::<Result<Vec<Digest>, _>>();
-    let diff_ids = diff_ids.map_err(|error| Error::invalid("the image's configuration", error.to_string()))?;
+    let diff_ids =
+        diff_ids.map_err(|error| Error::invalid("the image's configuration", error.to_string()))?;
     Ok(Configuration { config, health, diff_ids })
 }
 
@@ -239,7 +243,7 @@ mod tests {
             value["layers"][0]["mediaType"] = "application/vnd.docker.image.rootfs.diff.tar.gzip".into();
         });
         assert!(matches!(docker, Ok(Document::Manifest(_))));
-        let index = format!(r#"{{"schemaVersion":2,"manifests":[]}}"#);
+        let index = r#"{"schemaVersion":2,"manifests":[]}"#;
         assert!(matches!(parse(index.as_bytes(), None), Ok(Document::Index(_))));
     }
 
@@ -252,7 +256,9 @@ mod tests {
         let digest = manifest(|value| value["layers"][0]["digest"] = "sha256:../../x".into());
         assert!(digest.is_err());
         let algorithm = format!("sha512:{}", "0".repeat(128));
-        assert!(error(manifest(|value| value["config"]["digest"] = algorithm.into())).contains("not a digest"));
+        assert!(
+            error(manifest(|value| value["config"]["digest"] = algorithm.into())).contains("not a digest")
+        );
         let many = manifest(|value| value["layers"] = vec![value["layers"][0].clone(); 128].into());
         assert!(error(many).contains("128 layers"));
         assert!(parse(b"[]", None).is_err() && parse(b"", None).is_err());
@@ -267,7 +273,8 @@ mod tests {
             })
         };
         let index = |entries: Vec<Value>| {
-            let value = serde_json::json!({"schemaVersion": 2, "mediaType": DOCKER_INDEX, "manifests": entries});
+            let value =
+                serde_json::json!({"schemaVersion": 2, "mediaType": DOCKER_INDEX, "manifests": entries});
             match parse(value.to_string().as_bytes(), None) {
                 Ok(Document::Index(index)) => index,
                 other => panic!("{other:?}"),
@@ -281,7 +288,9 @@ mod tests {
             entry("unknown", "unknown", None, 5),
         ]);
         assert_eq!(choose(&all).unwrap().size(), 4);
-        assert!(error(choose(&index(vec![entry("linux", "arm64", None, 1)])).cloned()).contains("linux/arm64"));
+        assert!(
+            error(choose(&index(vec![entry("linux", "arm64", None, 1)])).cloned()).contains("linux/arm64")
+        );
         let unsaid = serde_json::json!({"mediaType": OCI_MANIFEST, "digest": HEX, "size": 7});
         assert_eq!(choose(&index(vec![unsaid.clone(), entry("linux", "arm64", None, 1)])).unwrap().size(), 7);
         assert!(choose(&index(vec![unsaid.clone(), unsaid])).is_err());
@@ -301,7 +310,10 @@ mod tests {
         assert_eq!(config.cmd().as_deref(), Some(&["sh".to_owned()][..]));
         assert_eq!(config.volumes().as_deref(), Some(&["/data".to_owned()][..]));
         let health = parsed.health.unwrap();
-        assert_eq!((health.test, health.interval, health.retries), (vec!["CMD-SHELL".into(), "true".into()], 30_000_000_000, 3));
+        assert_eq!(
+            (health.test, health.interval, health.retries),
+            (vec!["CMD-SHELL".into(), "true".into()], 30_000_000_000, 3)
+        );
         assert_eq!(parsed.diff_ids, [HEX.parse().unwrap()]);
         assert!(error(parse_config(text.replace("amd64", "arm64").as_bytes())).contains("arm64"));
         assert!(parse_config(text.replace(HEX, "sha256:1").as_bytes()).is_err());

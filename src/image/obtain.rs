@@ -54,7 +54,10 @@ pub fn obtain(
         return archive::import(store, daemon, name);
     }
     if policy == PullPolicy::Missing {
-        progress.say(&format!("Unable to find image '{}' locally", Reference::parse(name)?.or_latest().familiar()));
+        progress.say(&format!(
+            "Unable to find image '{}' locally",
+            Reference::parse(name)?.or_latest().familiar()
+        ));
     }
     Ok(registry::pull(store, &Reference::parse(name)?, options, progress)?.image)
 }

@@ -72,5 +72,7 @@ pub fn noise(seed: u64, length: usize) -> Vec<u8> {
 /// A layer with one file of bytes that do not compress.
 pub fn large_layer(seed: u64, length: usize) -> Vec<u8> {
     let kind = tar::EntryType::Regular;
-    Archive::new().entry(kind, format!("large-{seed}").as_bytes(), b"", &noise(seed, length), |_| {}, &[]).finish()
+    Archive::new()
+        .entry(kind, format!("large-{seed}").as_bytes(), b"", &noise(seed, length), |_| {}, &[])
+        .finish()
 }

@@ -130,7 +130,8 @@ fn age(image: &Image) -> String {
 
 fn lines(image: &Image) -> Vec<Line<'_>> {
     let digest_of = |repository: &str| {
-        let found = image.names.iter().find(|name| name.familiar_name() == repository && name.digest().is_some());
+        let found =
+            image.names.iter().find(|name| name.familiar_name() == repository && name.digest().is_some());
         found.and_then(Reference::digest).map_or(NONE.to_owned(), |digest| digest.to_string())
     };
     let tagged = image.names.iter().filter_map(|name| Some((name.familiar_name(), name.tag()?.to_owned())));

@@ -44,7 +44,10 @@ pub fn run(arguments: &LoginArguments) -> anyhow::Result<ExitCode> {
         Some(password) => password.clone(),
         None if arguments.password_stdin => {
             let mut password = String::new();
-            io::stdin().take(PASSWORD_MAX).read_to_string(&mut password).context("cannot read the password")?;
+            io::stdin()
+                .take(PASSWORD_MAX)
+                .read_to_string(&mut password)
+                .context("cannot read the password")?;
             password.trim_end_matches(['\n', '\r']).to_owned()
         }
         None => ask("Password: ", true)?,

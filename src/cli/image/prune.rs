@@ -24,7 +24,8 @@ pub struct PruneArguments {
 /// Asks on a terminal, then removes.
 pub fn run(arguments: &PruneArguments, store: &Store) -> anyhow::Result<ExitCode> {
     if !arguments.force {
-        let which = if arguments.all { "all images that no container uses" } else { "all images without a name" };
+        let which =
+            if arguments.all { "all images that no container uses" } else { "all images without a name" };
         if !io::stdin().is_terminal() {
             bail!("this removes {which}; there is no terminal to ask on: use --force");
         }

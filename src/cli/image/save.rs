@@ -49,7 +49,12 @@ pub fn run(arguments: &SaveArguments, store: &Store) -> anyhow::Result<ExitCode>
     Ok(ExitCode::SUCCESS)
 }
 
-fn save_file(store: &Store, images: &[(Image, Vec<Reference>)], format: Format, path: &Path) -> anyhow::Result<()> {
+fn save_file(
+    store: &Store,
+    images: &[(Image, Vec<Reference>)],
+    format: Format,
+    path: &Path,
+) -> anyhow::Result<()> {
     let failed = || format!("cannot write {}", path.display());
     // A device or a pipe cannot be replaced.
     if path.exists() && !path.is_file() {

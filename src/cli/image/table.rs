@@ -64,7 +64,10 @@ mod tests {
 
     #[test]
     fn columns_are_aligned_and_lines_have_no_blanks_at_the_end() {
-        let rows = [vec!["a".to_owned(), "bb".to_owned(), String::new()], vec!["long".to_owned(), "é".to_owned(), "c".to_owned()]];
+        let rows = [
+            vec!["a".to_owned(), "bb".to_owned(), String::new()],
+            vec!["long".to_owned(), "é".to_owned(), "c".to_owned()],
+        ];
         assert_eq!(table(&["X", "Y", "Z"], &rows), "X      Y    Z\na      bb\nlong   é    c");
     }
 }

@@ -30,8 +30,13 @@ pub(super) struct Stored {
 
 enum Files {
     /// A stream can be read only once, so all of its files are stored already.
-    Archive { stored: BTreeMap<String, Stored>, links: BTreeMap<String, String> },
-    Folder { directory: OwnedFd },
+    Archive {
+        stored: BTreeMap<String, Stored>,
+        links: BTreeMap<String, String>,
+    },
+    Folder {
+        directory: OwnedFd,
+    },
 }
 
 /// The files of an archive or folder.
@@ -57,7 +62,12 @@ fn normal(name: &str) -> String {
 
 impl<'a> Contents<'a> {
     /// Reads a tar stream, compressed or not.
-    pub(super) fn of_archive(store: &'a Store, lease: &'a Lease, stream: impl Read, name: &str) -> Result<Self, Error> {
+    pub(super) fn of_archive(
+        store: &'a Store,
+        lease: &'a Lease,
+        stream: impl Read,
+        name: &str,
+    ) -> Result<Self, Error> {
         let failed = |source| Error::Archive { name: name.to_owned(), source };
         let plain = layers::decompress(stream).map_err(|error| failed(layers::Error::Read(error)))?;
         let mut reader = TarReader::new(plain);
@@ -176,9 +186,13 @@ mod tests {
 
     #[test]
     fn names_never_lead_out() {
-        for (name, expected) in
-            [("./a//b/", "a/b"), ("a/../../b", "b"), ("../../etc/passwd", "etc/passwd"), ("/a", "a"), ("", "")]
-        {
+        for (name, expected) in [
+            ("./a//b/", "a/b"),
+            ("a/../../b", "b"),
+            ("../../etc/passwd", "etc/passwd"),
+            ("/a", "a"),
+            ("", ""),
+        ] {
             assert_eq!(normal(name), expected);
         }
     }

@@ -109,7 +109,8 @@ fn write<W: Write>(
 
 /// What `index.json` has of an image: an entry for each name.
 fn entries(image: &Image, manifest_size: usize, names: &[Reference]) -> Vec<Value> {
-    let media_type = image.manifest.media_type().as_ref().map_or(OCI_MANIFEST.to_owned(), ToString::to_string);
+    let media_type =
+        image.manifest.media_type().as_ref().map_or(OCI_MANIFEST.to_owned(), ToString::to_string);
     let entry = json!({
         "mediaType": media_type,
         "digest": image.manifest_digest,
@@ -154,7 +155,11 @@ impl<W: Write> Output<W> {
         let mut reader = Hashing::new(file);
         self.file(&name, size, &mut reader)?;
         let (_, found, _) = reader.finish();
-        if found == *digest { Ok(()) } else { Err(Error::WrongDigest { what: name, expected: *digest, found }) }
+        if found == *digest {
+            Ok(())
+        } else {
+            Err(Error::WrongDigest { what: name, expected: *digest, found })
+        }
     }
 
     fn file(&mut self, name: &str, size: u64, mut data: impl Read) -> Result<(), Error> {

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use rustix::fs::{AtFlags, Gid, Mode, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
-use super::{Entry, Rights};
+use super::{Entry, Rights, Xattrs};
 
 /// Bytes of an attribute, and of all names of attributes: what Linux takes.
 const XATTR_MAX: usize = 64 << 10;
@@ -26,12 +26,19 @@ pub(super) fn is_overlays(name: &[u8]) -> bool {
 
 /// Gives a file its owner and attributes; permissions too unless it is a link. In this order, as a new owner takes
 /// set-user-id bits and capabilities away.
-pub(super) fn apply(target: &Target<'_>, entry: &Entry, mode: Option<u32>, rights: Rights) -> Result<(), Errno> {
+pub(super) fn apply(
+    target: &Target<'_>,
+    entry: &Entry,
+    mode: Option<u32>,
+    rights: Rights,
+) -> Result<(), Errno> {
     if rights.owners {
         let (uid, gid) = (Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid)));
         match target {
             Target::File(file) => rustix::fs::fchown(file, uid, gid)?,
-            Target::Name(parent, name) => rustix::fs::chownat(*parent, *name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)?,
+            Target::Name(parent, name) => {
+                rustix::fs::chownat(*parent, *name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)?
+            }
         }
     }
     if let Some(mode) = mode {
@@ -68,17 +75,19 @@ pub(super) fn set_time(target: &Target<'_>, (seconds, nanoseconds): (i64, u32)) 
     let times = Timestamps { last_access: time, last_modification: time };
     match target {
         Target::File(file) => rustix::fs::futimens(file, &times),
-        Target::Name(parent, name) => rustix::fs::utimensat(*parent, *name, &times, AtFlags::SYMLINK_NOFOLLOW),
+        Target::Name(parent, name) => {
+            rustix::fs::utimensat(*parent, *name, &times, AtFlags::SYMLINK_NOFOLLOW)
+        }
     }
 }
 
 /// The attributes of a file or directory.
-pub(super) fn list(file: BorrowedFd<'_>) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Errno> {
+pub(super) fn list(file: BorrowedFd<'_>) -> Result<Xattrs, Errno> {
     read(|names| rustix::fs::flistxattr(file, names), |name, value| rustix::fs::fgetxattr(file, name, value))
 }
 
 /// The attributes of a link or special file.
-pub(super) fn list_at(parent: BorrowedFd<'_>, file: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Errno> {
+pub(super) fn list_at(parent: BorrowedFd<'_>, file: &[u8]) -> Result<Xattrs, Errno> {
     let path = [format!("/proc/self/fd/{}/", parent.as_raw_fd()).as_bytes(), file].concat();
     let path = path.as_slice();
     read(|names| rustix::fs::llistxattr(path, names), |name, value| rustix::fs::lgetxattr(path, name, value))
@@ -87,7 +96,7 @@ pub(super) fn list_at(parent: BorrowedFd<'_>, file: &[u8]) -> Result<Vec<(Vec<u8
 fn read(
     list: impl Fn(&mut [u8]) -> Result<usize, Errno>,
     get: impl Fn(&CStr, &mut [u8]) -> Result<usize, Errno>,
-) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Errno> {
+) -> Result<Xattrs, Errno> {
     let mut names = vec![0; XATTR_MAX];
     let count = match list(&mut names) {
         Err(Errno::OPNOTSUPP) => 0,

@@ -20,7 +20,8 @@ pub enum Compression {
 
 /// The compression that a stream with these first bytes has.
 pub fn detect(start: &[u8]) -> io::Result<Compression> {
-    let unsupported = |name| Err(io::Error::new(io::ErrorKind::Unsupported, format!("it is compressed with {name}")));
+    let unsupported =
+        |name| Err(io::Error::new(io::ErrorKind::Unsupported, format!("it is compressed with {name}")));
     match start {
         [0x1f, 0x8b, ..] => Ok(Compression::Gzip),
         [0x28, 0xb5, 0x2f, 0xfd, ..] => Ok(Compression::Zstd),

@@ -10,11 +10,18 @@ use super::tree::{self, Tree};
 use super::{Entry, Error, attributes};
 
 /// Makes `entry` a link in `parent`. Answers how many bytes of a layer below were copied, at most `most`.
-pub(super) fn link(tree: &Tree, entry: &Entry, parent: &OwnedFd, name: &[u8], most: u64) -> Result<u64, Error> {
+pub(super) fn link(
+    tree: &Tree,
+    entry: &Entry,
+    parent: &OwnedFd,
+    name: &[u8],
+    most: u64,
+) -> Result<u64, Error> {
     let parts = tree::parts(&entry.link)?;
     let (path, below) = tree.find(&entry.name, &parts)?;
     let failed = Error::file(&entry.name, "make a hard link");
-    let (last, parents) = path.split_last().ok_or_else(|| Error::entry(&entry.name, "it is a link to the root"))?;
+    let (last, parents) =
+        path.split_last().ok_or_else(|| Error::entry(&entry.name, "it is a link to the root"))?;
     let copied = match below {
         None => 0,
         Some(below) => copy_up(tree, entry, below, parents, last, most)?,

@@ -13,16 +13,16 @@ mod pax;
 mod rights;
 mod sparse;
 mod stream;
-mod tree;
 #[doc(hidden)]
 pub mod testing;
+mod tree;
 mod unpack;
 
 pub use compression::{Compression, decompress, detect};
 pub use limits::Limits;
 pub use pack::{Packed, pack};
 pub use rights::Rights;
-pub use stream::{Entry, Kind, TarReader};
+pub use stream::{Entry, Kind, TarReader, Xattrs};
 pub use tree::remove_tree;
 pub use unpack::{Options, Unpacked, unpack};
 
@@ -86,7 +86,11 @@ impl Error {
 fn shown(name: &[u8]) -> String {
     const MAX: usize = 200;
     let text = String::from_utf8_lossy(name);
-    if text.chars().count() <= MAX { text.into_owned() } else { text.chars().take(MAX).chain(['…']).collect() }
+    if text.chars().count() <= MAX {
+        text.into_owned()
+    } else {
+        text.chars().take(MAX).chain(['…']).collect()
+    }
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use tar::{EntryType, Header};
 
 use super::tree::{self, is_whiteout};
 use super::unpack::{OPAQUE, WHITEOUT};
-use super::{Error, Rights, attributes, pax};
+use super::{Error, Rights, Xattrs, attributes, pax};
 
 const BLOCK: u64 = 512;
 /// What a header's own fields take; larger numbers and longer names go into an extended header.
@@ -43,8 +43,11 @@ struct Packer<W> {
 pub fn pack(directory: &Path, to: impl Write, rights: Rights) -> Result<Packed, Error> {
     let name = directory.as_os_str().as_encoded_bytes();
     let root = File::open(directory).map_err(Error::io(name, "open it"))?;
+    let root = OwnedFd::from(root);
+    let stat = rustix::fs::fstat(&root).map_err(Error::file(name, "read it"))?;
     let mut packer = Packer { to, rights, packed: Packed::default(), names: HashMap::new() };
-    packer.directory(&OwnedFd::from(root), b"", 0)?;
+    packer.header(b"./", &stat, EntryType::Directory, 0, b"", &[])?;
+    packer.directory(&root, b"", 0)?;
     packer.to.write_all(&[0; 2 * BLOCK as usize]).map_err(Error::io(b"", "write the archive"))?;
     Ok(packer.packed)
 }
@@ -112,7 +115,8 @@ impl<W: Write> Packer<W> {
             FileType::Directory => {
                 let inner = open(OFlags::RDONLY | OFlags::DIRECTORY).map_err(&failed)?;
                 let all = attributes::list(inner.as_fd()).map_err(&failed)?;
-                let is_opaque = all.iter().any(|(name, value)| name == self.rights.opaque().as_bytes() && value == b"y");
+                let is_opaque =
+                    all.iter().any(|(name, value)| name == self.rights.opaque().as_bytes() && value == b"y");
                 let xattrs = self.xattrs(&path, all)?;
                 let path = [path.as_slice(), b"/"].concat();
                 self.header(&path, stat, EntryType::Directory, 0, b"", &xattrs)?;
@@ -142,13 +146,17 @@ impl<W: Write> Packer<W> {
     }
 
     /// What of a file's attributes belongs into the layer.
-    fn xattrs(&self, path: &[u8], all: Vec<(Vec<u8>, Vec<u8>)>) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Error> {
+    fn xattrs(&self, path: &[u8], all: Xattrs) -> Result<Xattrs, Error> {
         let mut kept = vec![];
         for (name, value) in all {
-            let overlay = name.strip_prefix(b"trusted.overlay.").or_else(|| name.strip_prefix(b"user.overlay."));
+            let overlay =
+                name.strip_prefix(b"trusted.overlay.").or_else(|| name.strip_prefix(b"user.overlay."));
             match overlay {
                 Some(b"redirect" | b"metacopy") => {
-                    return Err(Error::entry(path, "overlayfs keeps a part of it elsewhere (redirect_dir or metacopy)"));
+                    return Err(Error::entry(
+                        path,
+                        "overlayfs keeps a part of it elsewhere (redirect_dir or metacopy)",
+                    ));
                 }
                 Some(_) => {}
                 None => kept.push((name, value)),
@@ -206,7 +214,13 @@ impl<W: Write> Packer<W> {
         self.write(path, header, link, extended)
     }
 
-    fn write(&mut self, path: &[u8], mut header: Header, link: &[u8], mut extended: Vec<u8>) -> Result<(), Error> {
+    fn write(
+        &mut self,
+        path: &[u8],
+        mut header: Header,
+        link: &[u8],
+        mut extended: Vec<u8>,
+    ) -> Result<(), Error> {
         self.packed.entries += 1;
         let failed = Error::io(path, "write it to the archive");
         // A field that is full has no zero at its end, which not everybody reads; so names go there only when shorter.

@@ -4,8 +4,11 @@
 
 use super::Error;
 
+/// Key and value.
+type Record<'a> = (&'a [u8], &'a [u8]);
+
 /// The next record, and the bytes behind it.
-fn record(bytes: &[u8]) -> Option<((&[u8], &[u8]), &[u8])> {
+fn record(bytes: &[u8]) -> Option<(Record<'_>, &[u8])> {
     let space = bytes.iter().take(20).position(|b| *b == b' ')?;
     let length: usize = number(bytes.get(..space)?)?.try_into().ok()?;
     let record = bytes.get(space + 1..length)?;
@@ -16,14 +19,15 @@ fn record(bytes: &[u8]) -> Option<((&[u8], &[u8]), &[u8])> {
 }
 
 /// All records of a header.
-pub(super) fn records(mut bytes: &[u8]) -> Result<Vec<(&[u8], &[u8])>, Error> {
+pub(super) fn records(mut bytes: &[u8]) -> Result<Vec<Record<'_>>, Error> {
     let mut found = vec![];
     while !bytes.is_empty() {
         // Some writers fill the last block with zeroes and count them.
         if bytes.iter().all(|b| *b == 0) {
             break;
         }
-        let (pair, rest) = record(bytes).ok_or(Error::Header("a record of an extended header is malformed"))?;
+        let (pair, rest) =
+            record(bytes).ok_or(Error::Header("a record of an extended header is malformed"))?;
         found.push(pair);
         bytes = rest;
     }
@@ -92,8 +96,19 @@ mod tests {
     #[test]
     fn malformed_records_are_refused() {
         for bytes in [
-            &b"5"[..], b"5 a=b", b"6 a=b", b"99 a=b\n", b"0 a=b\n", b"-6 a=b\n", b"6 ab=\nx", b"5 =b\n", b"5 ab\n",
-            b"18446744073709551615 a=b\n", b"99999999999999999999999 a=b\n", b" 6 a=b\n", b"1 a=b\n",
+            &b"5"[..],
+            b"5 a=b",
+            b"6 a=b",
+            b"99 a=b\n",
+            b"0 a=b\n",
+            b"-6 a=b\n",
+            b"6 ab=\nx",
+            b"5 =b\n",
+            b"5 ab\n",
+            b"18446744073709551615 a=b\n",
+            b"99999999999999999999999 a=b\n",
+            b" 6 a=b\n",
+            b"1 a=b\n",
         ] {
             assert!(records(bytes).is_err(), "{:?}", String::from_utf8_lossy(bytes));
         }

@@ -17,6 +17,9 @@ const NAME_MAX: u64 = 16 << 10;
 /// Extended headers in a row before one entry.
 const HEADERS_MAX: usize = 16;
 
+/// Extended attributes: names and values.
+pub type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// What an entry is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -58,7 +61,7 @@ pub struct Entry {
     /// Bytes of a file, holes included.
     pub size: u64,
     /// Extended attributes.
-    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub xattrs: Xattrs,
     sparse: Option<Map>,
 }
 
@@ -79,7 +82,7 @@ struct Extended {
     uid: Option<u64>,
     gid: Option<u64>,
     mtime: Option<(i64, u32)>,
-    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    xattrs: Xattrs,
     sparse: sparse::Records,
 }
 
@@ -165,7 +168,8 @@ impl<R: Read> TarReader<R> {
 
     fn expect_data(&mut self, size: u64) -> Result<(), Error> {
         self.data = size;
-        self.padding = size.checked_next_multiple_of(BLOCK).ok_or(Error::Header("a size is too large"))? - size;
+        self.padding =
+            size.checked_next_multiple_of(BLOCK).ok_or(Error::Header("a size is too large"))? - size;
         Ok(())
     }
 
@@ -195,7 +199,8 @@ impl<R: Read> TarReader<R> {
     }
 
     fn entry(&mut self, header: &Header, size: u64, mut extended: Extended) -> Result<Entry, Error> {
-        let name = extended.sparse.name.take().or(extended.path).unwrap_or_else(|| header.path_bytes().into_owned());
+        let name =
+            extended.sparse.name.take().or(extended.path).unwrap_or_else(|| header.path_bytes().into_owned());
         let mut kind = match header.entry_type() {
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => Kind::File,
             EntryType::Link => Kind::HardLink,
@@ -239,7 +244,9 @@ impl<R: Read> TarReader<R> {
             number.ok().flatten().ok_or_else(|| wrong("its device numbers are not numbers"))
         };
         let device = match kind {
-            Kind::CharDevice | Kind::BlockDevice => (device(header.device_major())?, device(header.device_minor())?),
+            Kind::CharDevice | Kind::BlockDevice => {
+                (device(header.device_major())?, device(header.device_minor())?)
+            }
             _ => (0, 0),
         };
         Ok(Entry {

@@ -26,8 +26,10 @@ impl Archive {
         change: impl FnOnce(&mut Header),
         records: &[(&str, &[u8])],
     ) -> Self {
-        let body: Vec<u8> = records.iter().flat_map(|(key, value)| pax::encode(key.as_bytes(), value)).collect();
-        let this = if body.is_empty() { self } else { self.add(EntryType::XHeader, b"pax", b"", &body, |_| {}) };
+        let body: Vec<u8> =
+            records.iter().flat_map(|(key, value)| pax::encode(key.as_bytes(), value)).collect();
+        let this =
+            if body.is_empty() { self } else { self.add(EntryType::XHeader, b"pax", b"", &body, |_| {}) };
         this.add(kind, name, link, data, change)
     }
 

@@ -181,8 +181,18 @@ fn whiteouts_become_devices_and_opaque_directories_attributes() {
 #[test]
 fn what_a_layer_has_itself_outlives_its_own_whiteout_in_either_order() {
     let below = || Archive::new().file("d/old", "").file("f", "old");
-    let first = Archive::new().file(".wh.d", "").directory("d", 0o755).file("d/new", "").file(".wh.f", "").file("f", "n");
-    let last = Archive::new().directory("d", 0o755).file("d/new", "").file(".wh.d", "").file("f", "n").file(".wh.f", "");
+    let first = Archive::new()
+        .file(".wh.d", "")
+        .directory("d", 0o755)
+        .file("d/new", "")
+        .file(".wh.f", "")
+        .file("f", "n");
+    let last = Archive::new()
+        .directory("d", 0o755)
+        .file("d/new", "")
+        .file(".wh.d", "")
+        .file("f", "n")
+        .file(".wh.f", "");
     let implied = Archive::new().file(".wh.d", "").file("d/new", "").file("f", "n").file(".wh.f", "");
     for archive in [first, last, implied] {
         let layers = Layers::new().with(below()).with(archive);
@@ -194,7 +204,8 @@ fn what_a_layer_has_itself_outlives_its_own_whiteout_in_either_order() {
 
 #[test]
 fn directories_that_an_archive_leaves_out_are_as_below() {
-    let mut layers = Layers::new().with(Archive::new().directory("./", 0o711).directory("tmp", 0o1777).directory("tmp/a", 0o750));
+    let mut layers = Layers::new()
+        .with(Archive::new().directory("./", 0o711).directory("tmp", 0o1777).directory("tmp/a", 0o750));
     layers.add(&Archive::new().file("tmp/a/b/f", "x").finish()).unwrap();
     for (name, mode) in [("", 0o711), ("tmp", 0o1777), ("tmp/a", 0o750), ("tmp/a/b", 0o755)] {
         assert_eq!(layers.stat(name).mode() & 0o7777, mode, "{name}");
@@ -204,7 +215,11 @@ fn directories_that_an_archive_leaves_out_are_as_below() {
 
 #[test]
 fn names_behind_links_are_found_within_the_image() {
-    let below = Archive::new().directory("usr/bin", 0o755).symlink("bin", "usr/bin").symlink("abs", "/usr/bin").file("usr/bin/sh", "sh");
+    let below = Archive::new()
+        .directory("usr/bin", 0o755)
+        .symlink("bin", "usr/bin")
+        .symlink("abs", "/usr/bin")
+        .file("usr/bin/sh", "sh");
     let layers = Layers::new().with(below).with(
         Archive::new()
             .file("bin/new", "1")
@@ -222,7 +237,14 @@ fn names_behind_links_are_found_within_the_image() {
 
 #[test]
 fn hard_links_to_files_of_layers_below_copy_them_up() {
-    let below = Archive::new().directory("d", 0o750).entry(EntryType::Regular, b"d/f", b"", b"data", |h| h.set_mode(0o640), &[]);
+    let below = Archive::new().directory("d", 0o750).entry(
+        EntryType::Regular,
+        b"d/f",
+        b"",
+        b"data",
+        |h| h.set_mode(0o640),
+        &[],
+    );
     let layers = Layers::new().with(below).with(Archive::new().hard_link("h", "d/f"));
     assert_eq!(layers.text("h"), "data");
     assert_eq!(layers.stat("h").ino(), layers.stat("d/f").ino());
@@ -242,7 +264,10 @@ fn later_entries_replace_earlier_ones() {
             .file("s/f", "in s")
             .hard_link("a", "a"),
     );
-    assert_eq!((layers.text("a"), layers.text("d"), layers.text("s/f")), ("2".into(), "file".into(), "in s".into()));
+    assert_eq!(
+        (layers.text("a"), layers.text("d"), layers.text("s/f")),
+        ("2".into(), "file".into(), "in s".into())
+    );
     assert!(layers.stat("s").is_dir());
 }
 
@@ -257,7 +282,8 @@ fn hostile_archives_are_refused_and_write_nothing_outside() {
     let far = |key, value| Archive::new().entry(EntryType::Regular, b"f", b"", b"", |_| {}, &[(key, value)]);
     let records = vec![b'x'; 2 << 20];
     let many = (0..1001).fold(Archive::new(), |archive, n| archive.file(&format!("{n}"), ""));
-    let deep = (0..20).fold(Archive::new(), |archive, n| archive.file(&format!("{n}/{}f", "b/".repeat(100)), ""));
+    let deep =
+        (0..20).fold(Archive::new(), |archive, n| archive.file(&format!("{n}/{}f", "b/".repeat(100)), ""));
     let cases: Vec<(&str, Archive, &str)> = vec![
         ("leads upwards", Archive::new().file("../f", "x"), "upwards"),
         ("leads upwards inside", Archive::new().file("a/../../f", "x"), "upwards"),
@@ -267,19 +293,47 @@ fn hostile_archives_are_refused_and_write_nothing_outside() {
         ("loop of links", Archive::new().symlink("l", "l").file("l/f", ""), "too many symbolic links"),
         ("hard link out", Archive::new().hard_link("h", "../../etc/passwd"), "upwards"),
         ("hard link to nothing", Archive::new().hard_link("h", "/etc/passwd"), "not there"),
-        ("hard link behind a link", Archive::new().symlink("e", "/etc").hard_link("h", "e/passwd"), "not there"),
+        (
+            "hard link behind a link",
+            Archive::new().symlink("e", "/etc").hard_link("h", "e/passwd"),
+            "not there",
+        ),
         ("hard link to a directory", Archive::new().directory("d", 0o755).hard_link("h", "d"), "directory"),
         ("root as file", Archive::new().file("./", "x").symlink("/", "/etc"), "root"),
         ("whiteout of nothing", Archive::new().file(".wh.", ""), "deletes nothing"),
         ("whiteout of the parent", Archive::new().file("d/.wh...", ""), "deletes nothing"),
-        ("whiteout as device", Archive::new().entry(EntryType::Char, b"f", b"", b"", whiteout, &[]), "deleted file"),
-        ("unknown type", Archive::new().entry(EntryType::new(b'Q'), b"f", b"", b"", |_| {}, &[]), "type of entry"),
+        (
+            "whiteout as device",
+            Archive::new().entry(EntryType::Char, b"f", b"", b"", whiteout, &[]),
+            "deleted file",
+        ),
+        (
+            "unknown type",
+            Archive::new().entry(EntryType::new(b'Q'), b"f", b"", b"", |_| {}, &[]),
+            "type of entry",
+        ),
         ("deep name", far("path", long.as_bytes()), "too long"),
         ("long name", far("path", &[b'n'; 5000]), "too long"),
-        ("huge extended header", Archive::new().entry(EntryType::XHeader, b"p", b"", b"", huge, &[]), "extended header"),
-        ("large extended header", Archive::new().entry(EntryType::XHeader, b"p", b"", &records, |_| {}, &[]), "extended header"),
-        ("huge long name", Archive::new().entry(EntryType::GNULongName, b"p", b"", b"", huge, &[]), "in a name"),
-        ("malformed extended header", Archive::new().entry(EntryType::XHeader, b"p", b"", b"9 x=", |_| {}, &[]), "malformed"),
+        (
+            "huge extended header",
+            Archive::new().entry(EntryType::XHeader, b"p", b"", b"", huge, &[]),
+            "extended header",
+        ),
+        (
+            "large extended header",
+            Archive::new().entry(EntryType::XHeader, b"p", b"", &records, |_| {}, &[]),
+            "extended header",
+        ),
+        (
+            "huge long name",
+            Archive::new().entry(EntryType::GNULongName, b"p", b"", b"", huge, &[]),
+            "in a name",
+        ),
+        (
+            "malformed extended header",
+            Archive::new().entry(EntryType::XHeader, b"p", b"", b"9 x=", |_| {}, &[]),
+            "malformed",
+        ),
         ("huge file", Archive::new().entry(EntryType::Regular, b"f", b"", b"", huge, &[]), "bytes in files"),
         ("size of all ones", far("size", b"18446744073709551615"), "too large"),
         ("owner of all ones", far("uid", b"4294967295"), "owner"),
@@ -289,7 +343,12 @@ fn hostile_archives_are_refused_and_write_nothing_outside() {
         ("sparse overflow", sparse_0_1("18446744073709551615,4", "9", "abcd"), "sparse"),
         ("many entries", many, "more than 1000 entries"),
         ("many directories on the way", deep, "more than 1000 entries"),
-        ("headers without end", (0..40).fold(Archive::new(), |a, _| a.entry(EntryType::XGlobalHeader, b"g", b"", b"", |_| {}, &[])), "in a row"),
+        (
+            "headers without end",
+            (0..40)
+                .fold(Archive::new(), |a, _| a.entry(EntryType::XGlobalHeader, b"g", b"", b"", |_| {}, &[])),
+            "in a row",
+        ),
         ("no archive", Archive::new().raw(&[7; 1024]), "no tar archive"),
     ];
     let outside = tempfile::tempdir().unwrap();
@@ -312,7 +371,11 @@ fn hostile_archives_are_refused_and_write_nothing_outside() {
 }
 
 fn sparse_0_1(map: &str, size: &str, data: &str) -> Archive {
-    let records: &[(&str, &[u8])] = &[("GNU.sparse.size", size.as_bytes()), ("GNU.sparse.map", map.as_bytes()), ("GNU.sparse.name", b"s")];
+    let records: &[(&str, &[u8])] = &[
+        ("GNU.sparse.size", size.as_bytes()),
+        ("GNU.sparse.map", map.as_bytes()),
+        ("GNU.sparse.name", b"s"),
+    ];
     Archive::new().entry(EntryType::Regular, b"GNUSparseFile.0/s", b"", data.as_bytes(), |_| {}, records)
 }
 
@@ -322,8 +385,12 @@ fn sparse_files_have_their_holes_in_every_form() {
     let mut map = b"2\n2\n2\n7\n2\n".to_vec();
     map.resize(512, 0);
     map.extend_from_slice(b"abcd");
-    let new: &[(&str, &[u8])] =
-        &[("GNU.sparse.major", b"1"), ("GNU.sparse.minor", b"0"), ("GNU.sparse.name", b"s"), ("GNU.sparse.realsize", b"10")];
+    let new: &[(&str, &[u8])] = &[
+        ("GNU.sparse.major", b"1"),
+        ("GNU.sparse.minor", b"0"),
+        ("GNU.sparse.name", b"s"),
+        ("GNU.sparse.realsize", b"10"),
+    ];
     let old = |header: &mut tar::Header| {
         let gnu = header.as_gnu_mut().unwrap();
         for (at, (offset, length)) in [(2, 2), (7, 2)].into_iter().enumerate() {
@@ -368,7 +435,8 @@ fn digests_are_those_of_the_whole_streams() {
 #[test]
 fn bombs_are_stopped() {
     let zeroes = zstd::encode_all(vec![0; 8 << 20].as_slice(), 1).unwrap();
-    let bomb = [zstd::encode_all(Archive::new().file("f", "").unfinished().as_slice(), 1).unwrap(), zeroes].concat();
+    let bomb =
+        [zstd::encode_all(Archive::new().file("f", "").unfinished().as_slice(), 1).unwrap(), zeroes].concat();
     let error = Layers::new().add(&bomb).unwrap_err();
     assert!(crate::error_chain(&error).contains("more than 1048576 bytes"), "{error:?}");
 }
@@ -383,7 +451,7 @@ fn packed_directories_come_back_the_same() {
         .file("d/f", "data")
         .hard_link("d/g", "d/f")
         .symlink("s", &"t".repeat(100))
-        .file(&format!("{}", &long[..100]), "long")
+        .file(&long[..100], "long")
         .entry(EntryType::Regular, b"x", b"", b"x", |_| {}, &[("path", long.as_bytes()), ("mtime", b"5.25")])
         .file(".wh.gone", "")
         .directory("o", 0o755)
@@ -419,7 +487,7 @@ fn trees_are_removed_whatever_their_permissions() {
     fs::write(tree.join("a/b/f"), "").unwrap();
     std::os::unix::fs::symlink("/etc", tree.join("a/etc")).unwrap();
     for path in ["a/b", "a"] {
-        fs::set_permissions(tree.join(path), fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(tree.join(path), fs::Permissions::from_mode(0o000)).unwrap();
     }
     remove_tree(&tree).unwrap();
     remove_tree(&tree).unwrap();

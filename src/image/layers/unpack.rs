@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use super::attributes::{self, Target};
 use super::limits::{Counted, Limited};
 use super::stream::{Entry, Kind, TarReader};
-use super::tree::{self, Final, Tree};
+use super::tree::{self, Final, Parts, Tree};
 use super::{Error, Limits, Rights, compression, links};
 use crate::image::digest::{Digest, Hashing};
 
@@ -51,20 +51,28 @@ pub struct Unpacked {
     pub skipped_devices: u64,
 }
 
+/// The parts of a name, the directory that they lead to, and its parts without links.
+type Parent = (Parts, Rc<OwnedFd>, Parts);
+
 struct Unpacker {
     tree: Tree,
     options: Options,
     unpacked: Unpacked,
     names: u64,
     /// Permissions and times of directories, put on when nothing is made in them any more.
-    directories: BTreeMap<Vec<Vec<u8>>, Final>,
+    directories: BTreeMap<Parts, Final>,
     /// The directory of the last entry: most entries lie beside each other.
-    parent: Option<(Vec<Vec<u8>>, Rc<OwnedFd>, Vec<Vec<u8>>)>,
+    parent: Option<Parent>,
 }
 
 /// Unpacks a layer into `directory`, which is empty. `below` has the layers under it, the next one first: where an
 /// archive leaves directories out, they get the attributes that they have there.
-pub fn unpack(stream: impl Read, directory: &Path, below: &[&Path], options: Options) -> Result<Unpacked, Error> {
+pub fn unpack(
+    stream: impl Read,
+    directory: &Path,
+    below: &[&Path],
+    options: Options,
+) -> Result<Unpacked, Error> {
     let compressed = Rc::new(Cell::new(0));
     let mut blob = Hashing::new(Counted { inner: stream, count: Rc::clone(&compressed) });
     let nothing = Unpacked {
@@ -108,7 +116,10 @@ impl Unpacker {
         let Some(name) = parents.pop() else { return self.root(entry) };
         let (parent, path) = self.parent(&entry.name, &parents)?;
         if name == OPAQUE {
-            return self.tree.make_opaque(parent.as_fd()).map_err(Error::file(&entry.name, "hide what is below"));
+            return self
+                .tree
+                .make_opaque(parent.as_fd())
+                .map_err(Error::file(&entry.name, "hide what is below"));
         }
         if name.starts_with(AUFS) {
             return Ok(());
@@ -122,7 +133,11 @@ impl Unpacker {
     fn count_entry(&mut self) -> Result<(), Error> {
         let Limits { entries, .. } = self.options.limits;
         self.unpacked.entries += 1;
-        if self.unpacked.entries > entries { Err(Error::Limit { what: "entries", limit: entries }) } else { Ok(()) }
+        if self.unpacked.entries > entries {
+            Err(Error::Limit { what: "entries", limit: entries })
+        } else {
+            Ok(())
+        }
     }
 
     /// Directories that were made on the way count like those that the archive names.
@@ -135,7 +150,7 @@ impl Unpacker {
     }
 
     /// The directory that an entry lies in, and where it really is.
-    fn parent(&mut self, name: &[u8], parts: &[Vec<u8>]) -> Result<(Rc<OwnedFd>, Vec<Vec<u8>>), Error> {
+    fn parent(&mut self, name: &[u8], parts: &[Vec<u8>]) -> Result<(Rc<OwnedFd>, Parts), Error> {
         if let Some((last, directory, path)) = &self.parent
             && last == parts
         {
@@ -245,8 +260,10 @@ impl Unpacker {
                 if self.unpacked.bytes > bytes {
                     return Err(Error::Limit { what: "bytes in files", limit: bytes });
                 }
-                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let file = rustix::fs::openat(parent, name, flags, Mode::RUSR | Mode::WUSR).map_err(&failed)?;
+                let flags =
+                    OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let file =
+                    rustix::fs::openat(parent, name, flags, Mode::RUSR | Mode::WUSR).map_err(&failed)?;
                 let mut file = File::from(file);
                 reader.write_file(entry, &mut file).map_err(Error::io(&entry.name, "write it"))?;
                 let target = Target::File(file.as_fd());
@@ -268,7 +285,10 @@ impl Unpacker {
                 let (major, minor) = entry.device;
                 let kind = match entry.kind {
                     Kind::CharDevice if (major, minor) == (0, 0) => {
-                        return Err(Error::entry(&entry.name, "device 0:0 would be overlayfs's sign for a deleted file"));
+                        return Err(Error::entry(
+                            &entry.name,
+                            "device 0:0 would be overlayfs's sign for a deleted file",
+                        ));
                     }
                     Kind::CharDevice => FileType::CharacterDevice,
                     _ => FileType::BlockDevice,
@@ -280,13 +300,15 @@ impl Unpacker {
                 let device = rustix::fs::makedev(major, minor);
                 rustix::fs::mknodat(parent, name, kind, Mode::RUSR | Mode::WUSR, device).map_err(&failed)?;
             }
-            Kind::Directory | Kind::HardLink => return Err(Error::entry(&entry.name, "it was to be made elsewhere")),
+            Kind::Directory | Kind::HardLink => {
+                return Err(Error::entry(&entry.name, "it was to be made elsewhere"));
+            }
         }
         attributes::apply(&target, entry, mode, rights).map_err(&failed)?;
         attributes::set_time(&target, entry.mtime).map_err(&failed)
     }
 
-    fn remember(&mut self, path: Vec<Vec<u8>>, last: Final) -> Result<(), Error> {
+    fn remember(&mut self, path: Parts, last: Final) -> Result<(), Error> {
         self.names += path.iter().map(|part| part.len() as u64 + 32).sum::<u64>();
         if self.names > NAMES_MAX {
             return Err(Error::Limit { what: "bytes in names of directories", limit: NAMES_MAX });

@@ -6,11 +6,7 @@ pub(super) enum Challenge {
     /// User and password with each request.
     Basic,
     /// A token, which another service gives.
-    Bearer {
-        realm: String,
-        service: Option<String>,
-        scope: Option<String>,
-    },
+    Bearer { realm: String, service: Option<String>, scope: Option<String> },
 }
 
 /// The challenges of one header that are known; a token is preferred.
@@ -26,7 +22,8 @@ pub(super) fn parse(header: &str) -> Vec<Challenge> {
             "basic" => found.push(Challenge::Basic),
             "bearer" => {
                 if let Some(realm) = get("realm") {
-                    found.insert(0, Challenge::Bearer { realm, service: get("service"), scope: get("scope") });
+                    found
+                        .insert(0, Challenge::Bearer { realm, service: get("service"), scope: get("scope") });
                 }
             }
             _ => {}
@@ -84,25 +81,42 @@ mod tests {
     use super::*;
 
     fn bearer(realm: &str, service: Option<&str>, scope: Option<&str>) -> Challenge {
-        Challenge::Bearer { realm: realm.into(), service: service.map(Into::into), scope: scope.map(Into::into) }
+        Challenge::Bearer {
+            realm: realm.into(),
+            service: service.map(Into::into),
+            scope: scope.map(Into::into),
+        }
     }
 
     #[test]
     fn challenges_of_registries_are_read() {
         let docker = r#"Bearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="repository:library/nginx:pull,push""#;
-        let expected =
-            bearer("https://auth.docker.io/token", Some("registry.docker.io"), Some("repository:library/nginx:pull,push"));
+        let expected = bearer(
+            "https://auth.docker.io/token",
+            Some("registry.docker.io"),
+            Some("repository:library/nginx:pull,push"),
+        );
         assert_eq!(parse(docker), [expected]);
         assert_eq!(parse(r#"Basic realm="Registry Realm""#), [Challenge::Basic]);
-        assert_eq!(parse(r#"basic realm=x, Bearer realm="a\"b", charset=utf-8"#), [bearer("a\"b", None, None), Challenge::Basic]);
+        assert_eq!(
+            parse(r#"basic realm=x, Bearer realm="a\"b", charset=utf-8"#),
+            [bearer("a\"b", None, None), Challenge::Basic]
+        );
         assert_eq!(parse(r#"Negotiate, Digest nonce="x,y" , BASIC"#), [Challenge::Basic]);
     }
 
     #[test]
     fn malformed_challenges_end_and_give_nothing_wrong() {
-        for text in ["", ",,,", "\"", "Bearer", "Bearer realm", "Bearer realm=", "=", "Bearer service=\"x", "é=1"] {
+        for text in
+            ["", ",,,", "\"", "Bearer", "Bearer realm", "Bearer realm=", "=", "Bearer service=\"x", "é=1"]
+        {
             let found = parse(text);
-            assert!(found.iter().all(|challenge| matches!(challenge, Challenge::Bearer { realm, .. } if realm.is_empty())), "{text}: {found:?}");
+            assert!(
+                found.iter().all(
+                    |challenge| matches!(challenge, Challenge::Bearer { realm, .. } if realm.is_empty())
+                ),
+                "{text}: {found:?}"
+            );
         }
     }
 }

@@ -73,7 +73,11 @@ pub(super) fn pause(attempt: u32) -> Duration {
 }
 
 impl Client {
-    pub(super) async fn new(reference: &Reference, options: &Options, purpose: Purpose) -> Result<Self, Error> {
+    pub(super) async fn new(
+        reference: &Reference,
+        options: &Options,
+        purpose: Purpose,
+    ) -> Result<Self, Error> {
         let registry = reference.registry();
         let credentials = match &options.credentials {
             Some(credentials) => Some(credentials.clone()),
@@ -132,10 +136,13 @@ impl Client {
 
     /// Where the registry wants something uploaded, with the digest added.
     pub(super) fn location(&self, response: &Response, digest: &Digest) -> Result<Url, Error> {
-        let location = response.headers().get(reqwest::header::LOCATION).and_then(|value| value.to_str().ok());
+        let location =
+            response.headers().get(reqwest::header::LOCATION).and_then(|value| value.to_str().ok());
         let location = location.ok_or_else(|| self.protocol("does not say where to upload to"))?;
-        let mut url =
-            response.url().join(location).map_err(|_| self.protocol("names a place for uploads that is none"))?;
+        let mut url = response
+            .url()
+            .join(location)
+            .map_err(|_| self.protocol("names a place for uploads that is none"))?;
         if !matches!(url.scheme(), "http" | "https") {
             return Err(self.protocol("names a place for uploads that is none"));
         }
@@ -238,7 +245,8 @@ impl Client {
                 let mut form = Url::parse("http://form/").map_err(set_up)?;
                 form.query_pairs_mut().extend_pairs(&parameters);
                 let body = form.query().unwrap_or_default().to_owned();
-                let request = self.http.post(url.clone()).header(CONTENT_TYPE, "application/x-www-form-urlencoded");
+                let request =
+                    self.http.post(url.clone()).header(CONTENT_TYPE, "application/x-www-form-urlencoded");
                 request.body(body)
             }
             credentials => {
@@ -291,7 +299,12 @@ impl Client {
         }
     }
 
-    async fn try_manifest(&self, url: &Url, accept: &str, expected: Option<Digest>) -> Result<Fetched, Error> {
+    async fn try_manifest(
+        &self,
+        url: &Url,
+        accept: &str,
+        expected: Option<Digest>,
+    ) -> Result<Fetched, Error> {
         let response = self.send(&Method::GET, url, |request| Ok(request.header(ACCEPT, accept))).await?;
         if response.status() != StatusCode::OK {
             return Err(refusal(response).await);
@@ -306,7 +319,9 @@ impl Client {
         let digest = Digest::of(&bytes);
         for expected in [expected, said].into_iter().flatten() {
             if expected != digest {
-                return Err(self.protocol(format!("sent a manifest with the digest {digest}, not {expected}")));
+                return Err(
+                    self.protocol(format!("sent a manifest with the digest {digest}, not {expected}"))
+                );
             }
         }
         Ok(Fetched { bytes, digest, media_type })
@@ -326,7 +341,10 @@ pub(super) async fn body(mut response: Response, limit: u64) -> Result<Vec<u8>, 
         response.chunk().await.map_err(|source| Error::Broken { host: host.clone(), source })?
     {
         if bytes.len() as u64 + chunk.len() as u64 > limit {
-            return Err(Error::Protocol { host, why: format!("sent more than {limit} bytes where fewer are enough") });
+            return Err(Error::Protocol {
+                host,
+                why: format!("sent more than {limit} bytes where fewer are enough"),
+            });
         }
         bytes.extend_from_slice(&chunk);
     }
@@ -340,7 +358,8 @@ pub(super) async fn refusal(response: Response) -> Error {
     let value: Value = serde_json::from_slice(&bytes).unwrap_or_default();
     let first = value.get("errors").and_then(|errors| errors.get(0));
     let text = |name: &str| first.and_then(|error| error.get(name)).and_then(Value::as_str);
-    let message = text("message").or(text("code")).or(value.get("details").and_then(Value::as_str)).unwrap_or("");
+    let message =
+        text("message").or(text("code")).or(value.get("details").and_then(Value::as_str)).unwrap_or("");
     let shown = message.chars().filter(|c| !c.is_control()).take(MESSAGE_MAX).collect();
     match status {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Error::Unauthorized { host, message: shown },

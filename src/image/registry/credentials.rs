@@ -108,7 +108,8 @@ impl AuthFile {
     }
 
     fn write(&self, map: Map<String, Value>) -> Result<(), Error> {
-        let mut text = serde_json::to_string_pretty(&Value::Object(map)).map_err(|error| self.wrong(error))?;
+        let mut text =
+            serde_json::to_string_pretty(&Value::Object(map)).map_err(|error| self.wrong(error))?;
         text.push('\n');
         // A link stays one: people keep this file elsewhere.
         let path = fs::canonicalize(&self.path).unwrap_or_else(|_| self.path.clone());
@@ -132,13 +133,13 @@ impl AuthFile {
             return get(&helper, key_of(registry));
         }
         let Some(Value::Object(auths)) = map.get("auths") else { return Ok(None) };
-        let entry = auths.get(key_of(registry)).or_else(|| {
-            auths.iter().find(|(key, _)| registry_of(key) == registry).map(|(_, value)| value)
-        });
-        entry.map_or(Ok(None), |entry| self.from_entry(registry, entry))
+        let entry = auths
+            .get(key_of(registry))
+            .or_else(|| auths.iter().find(|(key, _)| registry_of(key) == registry).map(|(_, value)| value));
+        entry.map_or(Ok(None), |entry| self.read_entry(registry, entry))
     }
 
-    fn from_entry(&self, registry: &str, entry: &Value) -> Result<Option<Credentials>, Error> {
+    fn read_entry(&self, registry: &str, entry: &Value) -> Result<Option<Credentials>, Error> {
         let text = |name: &str| {
             entry.get(name).and_then(Value::as_str).filter(|text| !text.is_empty()).map(str::to_owned)
         };
@@ -152,7 +153,8 @@ impl AuthFile {
             let bytes = STANDARD.decode(auth.trim()).ok();
             let pair = bytes.and_then(|bytes| String::from_utf8(bytes).ok());
             let pair = pair.as_ref().and_then(|pair| pair.split_once(':'));
-            let (user, password) = pair.ok_or_else(|| self.wrong(format!("the entry of {registry} is malformed")))?;
+            let (user, password) =
+                pair.ok_or_else(|| self.wrong(format!("the entry of {registry} is malformed")))?;
             let password = password.trim_end_matches('\0').to_owned();
             return Ok(Some(Credentials::Basic { user: user.to_owned(), password }));
         }
@@ -166,7 +168,8 @@ impl AuthFile {
     pub fn store(&self, registry: &str, user: &str, password: &str) -> Result<String, Error> {
         let mut map = self.read()?;
         if let Some(helper) = helper(&map, registry) {
-            let message = serde_json::json!({"ServerURL": key_of(registry), "Username": user, "Secret": password});
+            let message =
+                serde_json::json!({"ServerURL": key_of(registry), "Username": user, "Secret": password});
             run(&helper, "store", &message.to_string())?;
             return Ok(program(&helper));
         }

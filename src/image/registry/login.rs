@@ -18,7 +18,12 @@ fn registry(name: &str) -> Result<Reference, crate::image::Error> {
 }
 
 /// Tries user and password, and keeps them; answers where.
-pub fn login(name: &str, user: &str, password: &str, options: &Options) -> Result<String, crate::image::Error> {
+pub fn login(
+    name: &str,
+    user: &str,
+    password: &str,
+    options: &Options,
+) -> Result<String, crate::image::Error> {
     let reference = registry(name)?;
     let credentials = Credentials::Basic { user: user.to_owned(), password: password.to_owned() };
     let options = Options { credentials: Some(credentials), ..options.clone() };

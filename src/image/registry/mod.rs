@@ -127,8 +127,7 @@ impl Error {
         match self {
             Self::Connect { .. } | Self::Broken { .. } | Self::Short { .. } => true,
             Self::Status { status, .. } => {
-                status.is_server_error()
-                    || matches!(status.as_u16(), 408 | 416 | 429)
+                status.is_server_error() || matches!(status.as_u16(), 408 | 416 | 429)
             }
             _ => false,
         }

@@ -195,7 +195,12 @@ async fn fetch(client: Arc<Client>, store: Store, blob: Blob, bar: Option<Bar>) 
     }
 }
 
-async fn fetch_rest(client: &Client, partial: &mut Partial, blob: Blob, bar: Option<&Bar>) -> Result<(), Error> {
+async fn fetch_rest(
+    client: &Client,
+    partial: &mut Partial,
+    blob: Blob,
+    bar: Option<&Bar>,
+) -> Result<(), Error> {
     let mut attempt = 0;
     loop {
         let before = partial.length();
@@ -213,7 +218,12 @@ async fn fetch_rest(client: &Client, partial: &mut Partial, blob: Blob, bar: Opt
     }
 }
 
-async fn try_fetch(client: &Client, partial: &mut Partial, blob: Blob, bar: Option<&Bar>) -> Result<(), Error> {
+async fn try_fetch(
+    client: &Client,
+    partial: &mut Partial,
+    blob: Blob,
+    bar: Option<&Bar>,
+) -> Result<(), Error> {
     let Blob { digest, size } = blob;
     if partial.length() > size {
         partial.clear()?;
@@ -246,7 +256,9 @@ async fn try_fetch(client: &Client, partial: &mut Partial, blob: Blob, bar: Opti
     while let Some(chunk) = response.chunk().await.map_err(broken)? {
         if partial.length() + chunk.len() as u64 > size {
             partial.clear()?;
-            return Err(client.protocol(format!("sent more than the {size} bytes that blob {} has", digest.short())));
+            return Err(
+                client.protocol(format!("sent more than the {size} bytes that blob {} has", digest.short()))
+            );
         }
         partial.write_all(&chunk)?;
         if let Some(bar) = bar {

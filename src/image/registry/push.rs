@@ -29,7 +29,10 @@ pub fn push(
 ) -> Result<Digest, crate::image::Error> {
     let reference = reference.clone().or_latest();
     if reference.digest().is_some() {
-        return Err(crate::image::Error::invalid(reference.familiar(), "a name to push to has a tag and no digest"));
+        return Err(crate::image::Error::invalid(
+            reference.familiar(),
+            "a name to push to has a tag and no digest",
+        ));
     }
     run(push_with(store, image, &reference, options, progress)).map_err(failed("push", reference.familiar()))
 }
@@ -42,7 +45,11 @@ async fn push_with(
     progress: &Progress,
 ) -> Result<Digest, Error> {
     let client = Arc::new(Client::new(reference, options, Purpose::Push).await?);
-    progress.say(&format!("The push refers to repository [{}/{}]", reference.registry(), reference.repository()));
+    progress.say(&format!(
+        "The push refers to repository [{}/{}]",
+        reference.registry(),
+        reference.repository()
+    ));
     let manifest = store.raw_manifest(image)?;
     let lease = store.lease()?;
     let mut blobs: Vec<(Digest, u64)> = image.layers.iter().map(|layer| (layer.digest, layer.size)).collect();
@@ -65,7 +72,8 @@ async fn push_with(
         ended.map_err(|error| Error::SetUp(error.into()))??;
     }
     drop(lease);
-    let media_type = image.manifest.media_type().as_ref().map_or(OCI_MANIFEST.to_owned(), ToString::to_string);
+    let media_type =
+        image.manifest.media_type().as_ref().map_or(OCI_MANIFEST.to_owned(), ToString::to_string);
     let digest = image.manifest_digest;
     let tag = reference.tag().unwrap_or(DEFAULT_TAG);
     let url = client.url(&format!("manifests/{tag}"))?;

@@ -42,7 +42,12 @@ impl Store {
         Ok(disks)
     }
 
-    fn make_disk(&self, layer: &Layer, directory: &std::path::Path, path: &std::path::Path) -> Result<(), Error> {
+    fn make_disk(
+        &self,
+        layer: &Layer,
+        directory: &std::path::Path,
+        path: &std::path::Path,
+    ) -> Result<(), Error> {
         let new = self.path("disks").join(files::unfinished(&layer.chain_id.hex()));
         let failed = Error::file("make", &new);
         let locked = self.shared()?;

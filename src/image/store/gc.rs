@@ -93,7 +93,9 @@ impl Store {
         })?;
         // Small files are written under the lock, so nobody is writing them now.
         for directory in ["images", "repositories", "."] {
-            self.look_for(&self.path(directory), &mut doomed, |name, _| Ok(name.starts_with(files::UNFINISHED)))?;
+            self.look_for(&self.path(directory), &mut doomed, |name, _| {
+                Ok(name.starts_with(files::UNFINISHED))
+            })?;
         }
         self.look_for(&self.path("users"), &mut doomed, |name, path| {
             let is_image = Digest::from_hex(name).is_some_and(|id| self.record_path(&id).exists());

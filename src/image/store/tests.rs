@@ -39,7 +39,9 @@ fn images_are_found_by_name_id_and_the_ids_beginning() {
     let first = f.image("one:1", "1");
     let second = f.image("q.io/two", "2");
     let id = |text: &str| f.store.resolve(text).map(|image| image.id);
-    for text in ["one:1", "docker.io/library/one:1", &first.id.to_string(), &first.id.hex(), &first.id.short()] {
+    for text in
+        ["one:1", "docker.io/library/one:1", &first.id.to_string(), &first.id.hex(), &first.id.short()]
+    {
         assert_eq!(id(text).unwrap(), first.id, "{text}");
     }
     assert_eq!(id("q.io/two").unwrap(), second.id);
@@ -53,9 +55,10 @@ fn images_are_found_by_name_id_and_the_ids_beginning() {
     }
     let all = f.store.images().unwrap();
     assert_eq!(all.len(), 17);
-    let alike = all.iter().map(|image| image.id.hex()[..1].to_owned()).find(|first| {
-        all.iter().filter(|image| image.id.hex().starts_with(first.as_str())).count() > 1
-    });
+    let alike = all
+        .iter()
+        .map(|image| image.id.hex()[..1].to_owned())
+        .find(|first| all.iter().filter(|image| image.id.hex().starts_with(first.as_str())).count() > 1);
     assert!(matches!(id(&alike.unwrap()), Err(Error::Ambiguous { .. })));
 }
 
@@ -175,7 +178,14 @@ fn what_is_being_added_is_no_garbage_and_what_was_left_is() {
     f.store.finish_blob(&lease, unfinished).unwrap();
     // As after a crash: nobody holds the locks of these.
     drop(lease);
-    for left in ["partial/new-1", "disks/.new-x", "images/.new-x", "repositories/.new-x", ".new-version", "leases/9-9"] {
+    for left in [
+        "partial/new-1",
+        "disks/.new-x",
+        "images/.new-x",
+        "repositories/.new-x",
+        ".new-version",
+        "leases/9-9",
+    ] {
         fs::write(f.store.root().join(left), "x").unwrap();
     }
     fs::create_dir_all(f.store.root().join("layers/.new-x/fs/d")).unwrap();
@@ -240,7 +250,14 @@ fn damaged_blobs_are_noticed() {
     assert!(matches!(f.store.layer_dirs(&image), Err(Error::Missing { .. })));
     fs::write(&layer, &good).unwrap();
     assert_eq!(f.store.layer_dirs(&image).unwrap().len(), 2);
-    assert!(!fs::read_dir(f.store.root().join("layers")).unwrap().any(|e| e.unwrap().file_name().to_str().unwrap().starts_with('.')));
+    assert!(
+        !fs::read_dir(f.store.root().join("layers")).unwrap().any(|e| e
+            .unwrap()
+            .file_name()
+            .to_str()
+            .unwrap()
+            .starts_with('.'))
+    );
     fs::write(path(&image.id), "{}").unwrap();
     assert!(matches!(f.store.resolve("a"), Err(Error::WrongDigest { .. })));
 }
