@@ -243,3 +243,40 @@ fn busybox_from_debian_runs_from_its_layers() {
         "42\n/bin/busybox\n"
     );
 }
+
+#[test]
+fn user_without_rights_has_a_store_too() {
+    if !is_root() || !has_tool("setpriv") {
+        return;
+    }
+    let (source, home) = (Home::new(), Home::new());
+    image(&source);
+    // Where everybody can reach: the binary may lie below a home directory.
+    let binary = home.path("engine");
+    fs::copy(env!("CARGO_BIN_EXE_rvmm-engine"), &binary).expect("a copy");
+    let archive = home.path("a.tar");
+    source.run(&["save", "-o", archive.to_str().expect("a path"), "a"]).ok();
+    let root = home.path("data");
+    fs::create_dir(&root).expect("a directory");
+    for path in [&home.path(""), &binary, &archive, &root] {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(if path == &root { 0o777 } else { 0o755 });
+        fs::set_permissions(path, mode).expect("permissions");
+    }
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]).arg(&binary).args(arguments);
+        super::Ran::from(command.env("RVMM_ROOT", &root).output().expect("setpriv"))
+    };
+    run(&["load", "-i", archive.to_str().expect("a path")]).ok();
+    let store = rvmm::image::Store::open(&root.join("images")).expect("a store");
+    let loaded = store.resolve("a").expect("an image");
+    let directories = store.layer_dirs(&loaded).expect("directories");
+    let stat = |name: &str| fs::symlink_metadata(directories[1].join(name));
+    assert_eq!(stat("opaque").expect("a directory").uid(), 65534);
+    let mut value = [0];
+    assert_eq!(rustix::fs::getxattr(directories[1].join("opaque"), "user.overlay.opaque", &mut value), Ok(1));
+    assert_eq!(stat("whole").expect("a whiteout").rdev(), 0);
+    assert!(!directories[0].join("null").exists() && directories[0].join("owned").exists());
+    run(&["rmi", "a"]).ok();
+    assert_eq!(super::entries(&root.join("images/layers")), []);
+}

@@ -225,3 +225,66 @@ fn registry_with_tokens_gives_them_for_the_right_password_only() {
         assert!(text.contains("credentials") || text.contains("token"), "{text}");
     }
 }
+
+/// An address of this host that is not the loopback device's; nothing is sent to find it.
+fn outer_address() -> Option<String> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
+    socket.connect("192.0.2.1:9").ok()?;
+    let address = socket.local_addr().ok()?.ip();
+    (address.is_ipv4() && !address.is_loopback() && !address.is_unspecified()).then(|| address.to_string())
+}
+
+#[test]
+fn certificates_have_to_be_right_but_on_this_host() {
+    if !has_tool("openssl") {
+        return;
+    }
+    let home = Home::new();
+    let (key, certificate) = (home.path("key"), home.path("certificate"));
+    let (key, certificate) = (key.to_str().expect("a path"), certificate.to_str().expect("a path"));
+    let request = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=nobody", "-days", "2"];
+    tool("openssl", &[&request[..], &["-keyout", key, "-out", certificate]].concat());
+    let tls = format!(", tls: {{certificate: {certificate}, key: {key}}}");
+    let Some(registry) = Registry::start_with(None, "127.0.0.1", &tls) else { return };
+    let image = registry.name("a/b");
+    home.image(&image, 1, 1000);
+    home.run(&["push", &image]).ok();
+    home.run(&["rmi", &image]).ok();
+    home.run(&["pull", &image]).ok();
+    let Some(address) = outer_address() else {
+        crate::support::skip("no address but the loopback device's");
+        return;
+    };
+    let Some(registry) = Registry::start_with(None, &address, &tls) else { return };
+    let outer = format!("{address}:{}/a/b", registry.port);
+    home.run(&["tag", &image, &outer]).ok();
+    home.run(&["push", &outer]).fails_with(&["cannot reach", "certificate"]);
+    home.run(&["push", "--tls-verify=false", &outer]).ok();
+    let Some(registry) = Registry::start_with(None, &address, "") else { return };
+    let plain = format!("{address}:{}/a/b", registry.port);
+    home.run(&["tag", &image, &plain]).ok();
+    home.run(&["push", &plain]).fails_with(&["cannot reach"]);
+    home.run(&["push", "--tls-verify=false", &plain]).ok();
+}
+
+#[test]
+fn policy_says_when_a_registry_is_asked() {
+    use rvmm::image::{Error, PullPolicy, obtain};
+    let Some(registry) = Registry::start(None) else { return };
+    let (source, home) = (Home::new(), Home::new());
+    let tag = registry.name("a/b");
+    let options = Options::default();
+    let get = |policy| obtain(&home.store, &tag, policy, &options, &Progress::Quiet);
+    let image = source.image(&tag, 1, 1000);
+    push(&source.store, &image, &name(&tag), &options, &Progress::Quiet).expect("a push");
+    assert!(matches!(get(PullPolicy::Never), Err(Error::NotFound(_))));
+    assert_eq!(get(PullPolicy::Missing).expect("an image").id, image.id);
+    let newer = source.image(&tag, 2, 1000);
+    push(&source.store, &newer, &name(&tag), &options, &Progress::Quiet).expect("a push");
+    assert_eq!(get(PullPolicy::Missing).expect("an image").id, image.id);
+    assert_eq!(get(PullPolicy::Never).expect("an image").id, image.id);
+    assert_eq!(get(PullPolicy::Always).expect("an image").id, newer.id);
+    drop(registry);
+    assert_eq!(get(PullPolicy::Missing).expect("an image").id, newer.id);
+    assert!(get(PullPolicy::Always).is_err());
+}

@@ -25,6 +25,11 @@ fn free_port() -> u16 {
 impl Registry {
     /// Starts it; `None` if it is not installed, which is said. `htpasswd` makes it ask for passwords.
     pub fn start(htpasswd: Option<&str>) -> Option<Self> {
+        Self::start_with(htpasswd, "127.0.0.1", "")
+    }
+
+    /// On this address, with further lines for `http` in its configuration.
+    pub fn start_with(htpasswd: Option<&str>, address: &str, http: &str) -> Option<Self> {
         if !has_tool("docker-registry") {
             return None;
         }
@@ -39,7 +44,7 @@ impl Registry {
             let port = free_port();
             let config = format!(
                 "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\nstorage: {{filesystem: \
-                 {{rootdirectory: {root}/data}}, delete: {{enabled: true}}}}\nhttp: {{addr: \"127.0.0.1:{port}\"}}\n{auth}"
+                 {{rootdirectory: {root}/data}}, delete: {{enabled: true}}}}\nhttp: {{addr: \"{address}:{port}\"{http}}}\n{auth}"
             );
             fs::write(directory.path().join("config.yml"), config).expect("a file");
             let mut child = Command::new("docker-registry")
@@ -51,7 +56,7 @@ impl Registry {
                 .expect("docker-registry");
             let end = Instant::now() + PATIENCE;
             while Instant::now() < end && child.try_wait().expect("a child").is_none() {
-                if TcpStream::connect(("127.0.0.1", port)).is_ok() {
+                if TcpStream::connect((address, port)).is_ok() {
                     return Some(Self { child, port, _directory: directory });
                 }
                 thread::sleep(Duration::from_millis(20));
