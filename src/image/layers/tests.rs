@@ -69,7 +69,9 @@ fn xattr(path: &Path, name: &str) -> Option<Vec<u8>> {
 /// Whether the test can go on; says so if not.
 fn is_root(rights: Rights) -> bool {
     if rights != Rights::ALL {
-        let _ = std::io::stderr().write_all(b"skipped: a test of owners and devices: not root\n");
+        let thread = std::thread::current();
+        let line = format!("skipped: {}: not root\n", thread.name().unwrap_or("a test"));
+        let _ = std::io::stderr().write_all(line.as_bytes());
     }
     rights == Rights::ALL
 }

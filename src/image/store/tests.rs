@@ -312,7 +312,9 @@ fn disks_are_whole_pages_and_made_once() {
     let f = fixture();
     if std::process::Command::new("mkfs.erofs").arg("--help").output().is_err() {
         use std::io::Write;
-        let _ = std::io::stderr().write_all(b"skipped: disks_are_whole_pages_and_made_once: no mkfs.erofs\n");
+        let thread = std::thread::current();
+        let line = format!("skipped: {}: no mkfs.erofs\n", thread.name().unwrap_or("a test"));
+        let _ = std::io::stderr().write_all(line.as_bytes());
         return;
     }
     let image = f.image("a", "x");
