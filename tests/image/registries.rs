@@ -117,6 +117,28 @@ fn damaged_rest_of_an_earlier_pull_is_fetched_anew() {
 }
 
 #[test]
+fn damaged_blobs_are_fetched_anew_by_the_next_pull() {
+    let Some(registry) = Registry::start(None) else { return };
+    let home = Home::new();
+    let tag = registry.name("a/b");
+    let image = home.image(&tag, 8, 10_000);
+    home.run(&["push", &tag]).ok();
+    for digest in [image.id, image.layers[1].digest, image.layers[0].digest] {
+        let path = home.store.root().join("blobs/sha256").join(digest.hex());
+        let mut bytes = fs::read(&path).expect("a blob");
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(&path, bytes).expect("a blob");
+    }
+    home.run(&["images"]).ok();
+    home.run(&["pull", &tag]).fails_with(&["damaged in the store", "pull"]);
+    home.run(&["pull", &tag]).fails_with(&["damaged in the store", "pull"]);
+    home.run(&["pull", &tag]).ok();
+    home.run(&["image", "prune", "-f"]).ok();
+    home.verify_clean();
+}
+
+#[test]
 fn registry_with_passwords_wants_a_login() {
     if !has_tool("htpasswd") {
         return;
