@@ -5,6 +5,7 @@
 //! - `main -> cli -> {api, vm}`; `api -> {socket, vm}`
 //! - `vm -> {boot, virtio, legacy, bus, kvm, memory, disk, tap, fileserver, socket}`
 //! - `cli -> doctor -> {kvm, vm}`
+//! - `cli -> image`: images, registries and the store; it uses nothing else
 //! - `fileserver -> fuse`: a process of its own
 //! - `virtio -> {memory, disk, tap, fuse, socket}`, never `kvm` or `vm`: it is handed event descriptors
 //! - `boot -> memory`; `legacy`, `disk`, `tap`, `memory`, `bus`, `socket` -> crates only

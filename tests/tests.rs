@@ -11,6 +11,7 @@ mod boot;
 mod cli;
 mod console;
 mod fs;
+mod image;
 mod linux;
 mod native;
 mod nested_host;

@@ -185,7 +185,7 @@ pub fn commit(
         kind if kind.ends_with("zstd") => Compression::Zstd,
         _ => Compression::None,
     };
-    let types = base.manifest.layers().iter().map(|layer| compression(&layer.media_type().to_string()));
+    let types = base.manifest.layers().iter().map(|layer| compression(layer.media_type().as_ref()));
     let mut all: Vec<_> = base.layers.iter().zip(types).map(|(l, kind)| (l.digest, l.size, kind)).collect();
     all.push((blob.0, blob.1, Compression::Gzip));
     let manifest = manifest::build((id, config.len() as u64), &all)?;

@@ -93,6 +93,12 @@ pub enum Error {
         /// What it is.
         what: String,
     },
+    /// Something in the store that is not what it was.
+    #[error("{what} was damaged in the store and is removed; pull or load the image again")]
+    Damaged {
+        /// What it was.
+        what: String,
+    },
     /// A layer that cannot be unpacked.
     #[error("cannot unpack layer {}", layer.short())]
     Unpack {

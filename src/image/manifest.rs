@@ -243,7 +243,7 @@ mod tests {
             value["layers"][0]["mediaType"] = "application/vnd.docker.image.rootfs.diff.tar.gzip".into();
         });
         assert!(matches!(docker, Ok(Document::Manifest(_))));
-        let index = format!(r#"{{"schemaVersion":2,"manifests":[]}}"#);
+        let index = r#"{"schemaVersion":2,"manifests":[]}"#;
         assert!(matches!(parse(index.as_bytes(), None), Ok(Document::Index(_))));
     }
 

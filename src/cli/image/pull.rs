@@ -7,7 +7,7 @@ use clap::Args;
 use super::{RegistryArguments, print};
 use crate::image::archive::{self, Daemon};
 use crate::image::registry::{self, Progress};
-use crate::image::{Image, Reference, Store};
+use crate::image::{Error, Image, Reference, Store};
 
 /// Fetches an image from its registry
 #[derive(Args)]
@@ -47,10 +47,14 @@ pub fn run(arguments: &PullArguments, store: &Store) -> anyhow::Result<ExitCode>
 
 /// So that the first container starts as fast as the next ones.
 pub(super) fn unpack(store: &Store, image: &Image, progress: &Progress) -> anyhow::Result<()> {
-    store.layer_dirs_with(image, |layer, unpacked| {
+    let unpacked = store.layer_dirs_with(image, |layer, unpacked| {
         if unpacked {
             progress.say(&format!("{}: Pull complete", layer.digest.short()));
         }
-    })?;
-    Ok(())
+    });
+    match unpacked {
+        // Another process has removed it since; it was here.
+        Err(_) if matches!(store.image(&image.id), Err(Error::NotFound(_))) => Ok(()),
+        result => Ok(result.map(drop)?),
+    }
 }

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use rustix::fs::{AtFlags, Gid, Mode, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
-use super::{Entry, Rights};
+use super::{Entry, Rights, Xattrs};
 
 /// Bytes of an attribute, and of all names of attributes: what Linux takes.
 const XATTR_MAX: usize = 64 << 10;
@@ -82,12 +82,12 @@ pub(super) fn set_time(target: &Target<'_>, (seconds, nanoseconds): (i64, u32)) 
 }
 
 /// The attributes of a file or directory.
-pub(super) fn list(file: BorrowedFd<'_>) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Errno> {
+pub(super) fn list(file: BorrowedFd<'_>) -> Result<Xattrs, Errno> {
     read(|names| rustix::fs::flistxattr(file, names), |name, value| rustix::fs::fgetxattr(file, name, value))
 }
 
 /// The attributes of a link or special file.
-pub(super) fn list_at(parent: BorrowedFd<'_>, file: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Errno> {
+pub(super) fn list_at(parent: BorrowedFd<'_>, file: &[u8]) -> Result<Xattrs, Errno> {
     let path = [format!("/proc/self/fd/{}/", parent.as_raw_fd()).as_bytes(), file].concat();
     let path = path.as_slice();
     read(|names| rustix::fs::llistxattr(path, names), |name, value| rustix::fs::lgetxattr(path, name, value))
@@ -96,7 +96,7 @@ pub(super) fn list_at(parent: BorrowedFd<'_>, file: &[u8]) -> Result<Vec<(Vec<u8
 fn read(
     list: impl Fn(&mut [u8]) -> Result<usize, Errno>,
     get: impl Fn(&CStr, &mut [u8]) -> Result<usize, Errno>,
-) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Errno> {
+) -> Result<Xattrs, Errno> {
     let mut names = vec![0; XATTR_MAX];
     let count = match list(&mut names) {
         Err(Errno::OPNOTSUPP) => 0,

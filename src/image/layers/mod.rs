@@ -22,7 +22,7 @@ pub use compression::{Compression, decompress, detect};
 pub use limits::Limits;
 pub use pack::{Packed, pack};
 pub use rights::Rights;
-pub use stream::{Entry, Kind, TarReader};
+pub use stream::{Entry, Kind, TarReader, Xattrs};
 pub use tree::remove_tree;
 pub use unpack::{Options, Unpacked, unpack};
 

@@ -14,7 +14,7 @@ use tar::{EntryType, Header};
 
 use super::tree::{self, is_whiteout};
 use super::unpack::{OPAQUE, WHITEOUT};
-use super::{Error, Rights, attributes, pax};
+use super::{Error, Rights, Xattrs, attributes, pax};
 
 const BLOCK: u64 = 512;
 /// What a header's own fields take; larger numbers and longer names go into an extended header.
@@ -43,8 +43,11 @@ struct Packer<W> {
 pub fn pack(directory: &Path, to: impl Write, rights: Rights) -> Result<Packed, Error> {
     let name = directory.as_os_str().as_encoded_bytes();
     let root = File::open(directory).map_err(Error::io(name, "open it"))?;
+    let root = OwnedFd::from(root);
+    let stat = rustix::fs::fstat(&root).map_err(Error::file(name, "read it"))?;
     let mut packer = Packer { to, rights, packed: Packed::default(), names: HashMap::new() };
-    packer.directory(&OwnedFd::from(root), b"", 0)?;
+    packer.header(b"./", &stat, EntryType::Directory, 0, b"", &[])?;
+    packer.directory(&root, b"", 0)?;
     packer.to.write_all(&[0; 2 * BLOCK as usize]).map_err(Error::io(b"", "write the archive"))?;
     Ok(packer.packed)
 }
@@ -143,7 +146,7 @@ impl<W: Write> Packer<W> {
     }
 
     /// What of a file's attributes belongs into the layer.
-    fn xattrs(&self, path: &[u8], all: Vec<(Vec<u8>, Vec<u8>)>) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Error> {
+    fn xattrs(&self, path: &[u8], all: Xattrs) -> Result<Xattrs, Error> {
         let mut kept = vec![];
         for (name, value) in all {
             let overlay =

@@ -4,8 +4,11 @@
 
 use super::Error;
 
+/// Key and value.
+type Record<'a> = (&'a [u8], &'a [u8]);
+
 /// The next record, and the bytes behind it.
-fn record(bytes: &[u8]) -> Option<((&[u8], &[u8]), &[u8])> {
+fn record(bytes: &[u8]) -> Option<(Record<'_>, &[u8])> {
     let space = bytes.iter().take(20).position(|b| *b == b' ')?;
     let length: usize = number(bytes.get(..space)?)?.try_into().ok()?;
     let record = bytes.get(space + 1..length)?;
@@ -16,7 +19,7 @@ fn record(bytes: &[u8]) -> Option<((&[u8], &[u8]), &[u8])> {
 }
 
 /// All records of a header.
-pub(super) fn records(mut bytes: &[u8]) -> Result<Vec<(&[u8], &[u8])>, Error> {
+pub(super) fn records(mut bytes: &[u8]) -> Result<Vec<Record<'_>>, Error> {
     let mut found = vec![];
     while !bytes.is_empty() {
         // Some writers fill the last block with zeroes and count them.

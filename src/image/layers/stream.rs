@@ -17,6 +17,9 @@ const NAME_MAX: u64 = 16 << 10;
 /// Extended headers in a row before one entry.
 const HEADERS_MAX: usize = 16;
 
+/// Extended attributes: names and values.
+pub type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// What an entry is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -58,7 +61,7 @@ pub struct Entry {
     /// Bytes of a file, holes included.
     pub size: u64,
     /// Extended attributes.
-    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub xattrs: Xattrs,
     sparse: Option<Map>,
 }
 
@@ -79,7 +82,7 @@ struct Extended {
     uid: Option<u64>,
     gid: Option<u64>,
     mtime: Option<(i64, u32)>,
-    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    xattrs: Xattrs,
     sparse: sparse::Records,
 }
 

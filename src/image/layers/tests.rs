@@ -69,7 +69,9 @@ fn xattr(path: &Path, name: &str) -> Option<Vec<u8>> {
 /// Whether the test can go on; says so if not.
 fn is_root(rights: Rights) -> bool {
     if rights != Rights::ALL {
-        let _ = std::io::stderr().write_all(b"skipped: a test of owners and devices: not root\n");
+        let thread = std::thread::current();
+        let line = format!("skipped: {}: not root\n", thread.name().unwrap_or("a test"));
+        let _ = std::io::stderr().write_all(line.as_bytes());
     }
     rights == Rights::ALL
 }
@@ -451,7 +453,7 @@ fn packed_directories_come_back_the_same() {
         .file("d/f", "data")
         .hard_link("d/g", "d/f")
         .symlink("s", &"t".repeat(100))
-        .file(&format!("{}", &long[..100]), "long")
+        .file(&long[..100], "long")
         .entry(EntryType::Regular, b"x", b"", b"x", |_| {}, &[("path", long.as_bytes()), ("mtime", b"5.25")])
         .file(".wh.gone", "")
         .directory("o", 0o755)
@@ -487,7 +489,7 @@ fn trees_are_removed_whatever_their_permissions() {
     fs::write(tree.join("a/b/f"), "").unwrap();
     std::os::unix::fs::symlink("/etc", tree.join("a/etc")).unwrap();
     for path in ["a/b", "a"] {
-        fs::set_permissions(tree.join(path), fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(tree.join(path), fs::Permissions::from_mode(0o000)).unwrap();
     }
     remove_tree(&tree).unwrap();
     remove_tree(&tree).unwrap();

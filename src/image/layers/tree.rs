@@ -29,8 +29,11 @@ pub(super) struct Tree {
     layers: Vec<OwnedFd>,
     pub(super) rights: Rights,
     /// Directories that were made on the way to entries, with what they are to have when nothing is made in them any more.
-    pub(super) implied: RefCell<Vec<(Vec<Vec<u8>>, Final)>>,
+    pub(super) implied: RefCell<Vec<(Parts, Final)>>,
 }
+
+/// The parts of a name.
+pub(super) type Parts = Vec<Vec<u8>>;
 
 /// Permissions and time of a directory.
 pub(super) type Final = (u32, (i64, u32));
@@ -74,7 +77,7 @@ fn is_plain(part: &[u8]) -> bool {
 
 /// The parts of a name from an archive. A leading slash means the image's root; `..` is nothing that anybody writes
 /// who means well.
-pub(super) fn parts(name: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+pub(super) fn parts(name: &[u8]) -> Result<Parts, Error> {
     let parts = || name.split(|b| *b == b'/').filter(|part| !part.is_empty() && *part != b".");
     if parts().any(|part| part == b"..") {
         return Err(Error::entry(name, "its name leads upwards"));
@@ -207,17 +210,13 @@ impl Tree {
     }
 
     /// The directory for an entry, made in this layer with the attributes that it has below, and its parts without links.
-    pub(super) fn make_parents(
-        &self,
-        name: &[u8],
-        parts: &[Vec<u8>],
-    ) -> Result<(OwnedFd, Vec<Vec<u8>>), Error> {
+    pub(super) fn make_parents(&self, name: &[u8], parts: &[Vec<u8>]) -> Result<(OwnedFd, Parts), Error> {
         if let Some(directory) = self.directory(parts) {
             return Ok((directory, parts.to_vec()));
         }
         let failed = Error::file(name, "make its directory");
         let steps = self.walk(name, parts)?;
-        let mut path: Vec<Vec<u8>> = vec![];
+        let mut path: Parts = vec![];
         let mut directory = self.directory(&[]).ok_or_else(|| failed(Errno::NOENT))?;
         for step in steps {
             path.push(step.name.clone());
@@ -269,17 +268,13 @@ impl Tree {
     }
 
     /// A file for a hard link: its parent's parts and its own name, and the layer below that has it if this one has not.
-    pub(super) fn find(
-        &self,
-        name: &[u8],
-        parts: &[Vec<u8>],
-    ) -> Result<(Vec<Vec<u8>>, Option<OwnedFd>), Error> {
+    pub(super) fn find(&self, name: &[u8], parts: &[Vec<u8>]) -> Result<(Parts, Option<OwnedFd>), Error> {
         let missing = || Error::entry(name, "what it is a link to is not there");
         let (last, parents) = parts.split_last().ok_or_else(missing)?;
         let steps = self.walk(name, parents)?;
         let all: Vec<usize> = (0..self.layers.len()).collect();
         let layers = steps.last().map_or(all, |step| step.layers.clone());
-        let mut path: Vec<Vec<u8>> = steps.into_iter().map(|step| step.name).collect();
+        let mut path: Parts = steps.into_iter().map(|step| step.name).collect();
         path.push(last.clone());
         let joined = path.join(&b'/');
         let failed = Error::file(name, "find what it is a link to");

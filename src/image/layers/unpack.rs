@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use super::attributes::{self, Target};
 use super::limits::{Counted, Limited};
 use super::stream::{Entry, Kind, TarReader};
-use super::tree::{self, Final, Tree};
+use super::tree::{self, Final, Parts, Tree};
 use super::{Error, Limits, Rights, compression, links};
 use crate::image::digest::{Digest, Hashing};
 
@@ -51,15 +51,18 @@ pub struct Unpacked {
     pub skipped_devices: u64,
 }
 
+/// The parts of a name, the directory that they lead to, and its parts without links.
+type Parent = (Parts, Rc<OwnedFd>, Parts);
+
 struct Unpacker {
     tree: Tree,
     options: Options,
     unpacked: Unpacked,
     names: u64,
     /// Permissions and times of directories, put on when nothing is made in them any more.
-    directories: BTreeMap<Vec<Vec<u8>>, Final>,
+    directories: BTreeMap<Parts, Final>,
     /// The directory of the last entry: most entries lie beside each other.
-    parent: Option<(Vec<Vec<u8>>, Rc<OwnedFd>, Vec<Vec<u8>>)>,
+    parent: Option<Parent>,
 }
 
 /// Unpacks a layer into `directory`, which is empty. `below` has the layers under it, the next one first: where an
@@ -147,7 +150,7 @@ impl Unpacker {
     }
 
     /// The directory that an entry lies in, and where it really is.
-    fn parent(&mut self, name: &[u8], parts: &[Vec<u8>]) -> Result<(Rc<OwnedFd>, Vec<Vec<u8>>), Error> {
+    fn parent(&mut self, name: &[u8], parts: &[Vec<u8>]) -> Result<(Rc<OwnedFd>, Parts), Error> {
         if let Some((last, directory, path)) = &self.parent
             && last == parts
         {
@@ -305,7 +308,7 @@ impl Unpacker {
         attributes::set_time(&target, entry.mtime).map_err(&failed)
     }
 
-    fn remember(&mut self, path: Vec<Vec<u8>>, last: Final) -> Result<(), Error> {
+    fn remember(&mut self, path: Parts, last: Final) -> Result<(), Error> {
         self.names += path.iter().map(|part| part.len() as u64 + 32).sum::<u64>();
         if self.names > NAMES_MAX {
             return Err(Error::Limit { what: "bytes in names of directories", limit: NAMES_MAX });

@@ -72,6 +72,22 @@ pub(super) fn pause(attempt: u32) -> Duration {
     PAUSE * 2u32.saturating_pow(attempt.min(6))
 }
 
+/// Does something again, after a pause, while another attempt may do better.
+pub(super) async fn retrying<T, F: Future<Output = Result<T, Error>>>(
+    mut task: impl FnMut() -> F,
+) -> Result<T, Error> {
+    let mut attempt = 0;
+    loop {
+        match task().await {
+            Err(error) if error.is_transient() && attempt + 1 < ATTEMPTS => {
+                tokio::time::sleep(pause(attempt)).await;
+                attempt += 1;
+            }
+            result => return result,
+        }
+    }
+}
+
 impl Client {
     pub(super) async fn new(
         reference: &Reference,
@@ -287,16 +303,7 @@ impl Client {
         let name = expected.map_or(tag.to_owned(), |digest| digest.to_string());
         let url = self.url(&format!("manifests/{name}"))?;
         let accept = [OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_INDEX].join(", ");
-        let mut attempt = 0;
-        loop {
-            match self.try_manifest(&url, &accept, expected).await {
-                Err(error) if error.is_transient() && attempt + 1 < ATTEMPTS => {
-                    tokio::time::sleep(pause(attempt)).await;
-                    attempt += 1;
-                }
-                result => return result,
-            }
-        }
+        retrying(|| self.try_manifest(&url, &accept, expected)).await
     }
 
     async fn try_manifest(

@@ -136,10 +136,10 @@ impl AuthFile {
         let entry = auths
             .get(key_of(registry))
             .or_else(|| auths.iter().find(|(key, _)| registry_of(key) == registry).map(|(_, value)| value));
-        entry.map_or(Ok(None), |entry| self.from_entry(registry, entry))
+        entry.map_or(Ok(None), |entry| self.read_entry(registry, entry))
     }
 
-    fn from_entry(&self, registry: &str, entry: &Value) -> Result<Option<Credentials>, Error> {
+    fn read_entry(&self, registry: &str, entry: &Value) -> Result<Option<Credentials>, Error> {
         let text = |name: &str| {
             entry.get(name).and_then(Value::as_str).filter(|text| !text.is_empty()).map(str::to_owned)
         };

@@ -90,6 +90,8 @@ async fn pull_with(
     store.protect(&lease, &needed)?;
     let manifest_digest = store.put_blob(&lease, &fetched.bytes)?;
     let client = Arc::new(client);
+    // If it is here and damaged, this removes it.
+    let _ = store.read_blob(&config.digest, CONFIG_MAX);
     fetch(Arc::clone(&client), store.clone(), config, None).await?;
     // What cannot run here is told before anything large is fetched.
     let parsed = manifest::parse_config(&store.read_blob(&config.digest, CONFIG_MAX)?)?;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE};
-use reqwest::{Method, StatusCode};
+use reqwest::{Method, RequestBuilder, StatusCode, Url};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
@@ -17,7 +17,6 @@ use crate::image::reference::{DEFAULT_TAG, Reference};
 use crate::image::store::{Image, Store};
 
 const PARALLEL: usize = 3;
-const ATTEMPTS: u32 = 4;
 
 /// Puts an image into a registry, under this name; answers the manifest's digest.
 pub fn push(
@@ -77,25 +76,19 @@ async fn push_with(
     let digest = image.manifest_digest;
     let tag = reference.tag().unwrap_or(DEFAULT_TAG);
     let url = client.url(&format!("manifests/{tag}"))?;
-    let put = |request: reqwest::RequestBuilder| {
-        Ok(request.header(CONTENT_TYPE, &media_type).body(manifest.clone()))
-    };
-    let response = client.send(&Method::PUT, &url, put).await?;
-    if response.status() == StatusCode::CREATED { Ok(digest) } else { Err(client::refusal(response).await) }
+    client::retrying(|| put_manifest(&client, &url, &media_type, &manifest)).await?;
+    Ok(digest)
+}
+
+async fn put_manifest(client: &Client, url: &Url, media_type: &str, manifest: &[u8]) -> Result<(), Error> {
+    let put = |request: RequestBuilder| Ok(request.header(CONTENT_TYPE, media_type).body(manifest.to_vec()));
+    let response = client.send(&Method::PUT, url, put).await?;
+    if response.status() == StatusCode::CREATED { Ok(()) } else { Err(client::refusal(response).await) }
 }
 
 async fn upload(client: &Client, store: &Store, digest: Digest, size: u64, bar: Bar) -> Result<(), Error> {
     let bar = Arc::new(bar);
-    let mut attempt = 0;
-    let answer = loop {
-        match try_upload(client, store, digest, size, &bar).await {
-            Err(error) if error.is_transient() && attempt + 1 < ATTEMPTS => {
-                tokio::time::sleep(client::pause(attempt)).await;
-                attempt += 1;
-            }
-            result => break result?,
-        }
-    };
+    let answer = client::retrying(|| try_upload(client, store, digest, size, &bar)).await?;
     bar.finish(answer);
     Ok(())
 }
@@ -121,7 +114,7 @@ async fn try_upload(
         return Err(client::refusal(begun).await);
     }
     let location = client.location(&begun, &digest)?;
-    let put = |request: reqwest::RequestBuilder| {
+    let put = |request: RequestBuilder| {
         let body = reqwest::Body::wrap(Upload::new(store.open_blob(&digest)?, size, Arc::clone(bar)));
         let request = request.header(CONTENT_TYPE, "application/octet-stream");
         Ok(request.header(CONTENT_LENGTH, size).body(body))

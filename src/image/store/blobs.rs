@@ -59,12 +59,20 @@ impl Store {
         if bytes.len() as u64 > most {
             return Err(Error::invalid(what(digest), format!("it has more than {most} bytes")));
         }
-        let found = Digest::of(&bytes);
-        if found == *digest {
-            Ok(bytes)
-        } else {
-            Err(Error::WrongDigest { what: path.display().to_string(), expected: *digest, found })
-        }
+        if Digest::of(&bytes) == *digest { Ok(bytes) } else { Err(self.discard(digest)?) }
+    }
+
+    /// Removes a blob that is not what it is called, so that it is fetched anew.
+    fn discard(&self, digest: &Digest) -> Result<Error, Error> {
+        files::remove(&path_of(self, digest))?;
+        Ok(Error::Damaged { what: what(digest) })
+    }
+
+    /// Compares a blob's digest, after something that it contains turned out wrong.
+    pub(super) fn check_blob(&self, digest: &Digest) -> Result<(), Error> {
+        let mut file = Hashing::new(self.open_blob(digest)?);
+        io::copy(&mut file, &mut io::sink()).map_err(Error::file("read", &path_of(self, digest)))?;
+        if file.finish().1 == *digest { Ok(()) } else { Err(self.discard(digest)?) }
     }
 
     /// Writes a small blob.

@@ -146,12 +146,19 @@ impl Store {
         })
     }
 
-    /// All images, in the order of their ids.
+    /// All images, in the order of their ids. One that is damaged does not hide the others: it is left out, with a
+    /// warning.
     pub fn images(&self) -> Result<Vec<Image>, Error> {
         let _locked = self.shared()?;
         let mut names = self.all_names()?;
-        let ids = self.ids()?;
-        ids.iter().map(|id| self.load_image(id, names.remove(id).unwrap_or_default())).collect()
+        let mut images = vec![];
+        for id in self.ids()? {
+            match self.load_image(&id, names.remove(&id).unwrap_or_default()) {
+                Ok(image) => images.push(image),
+                Err(error) => tracing::warn!("image {}: {}", id.short(), crate::error_chain(&error)),
+            }
+        }
+        Ok(images)
     }
 
     /// The image with this name, or this id, or an id that begins so.

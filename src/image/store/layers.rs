@@ -90,8 +90,17 @@ impl Store {
         let below: Vec<_> = below.iter().rev().map(PathBuf::as_path).collect();
         let options = Options { limits: self.limits, rights: self.rights };
         let blob = self.open_blob(&layer.digest)?;
-        let unpacked = layers::unpack(blob, &files, &below, options)
-            .map_err(|source| Error::Unpack { layer: layer.digest, source })?;
+        let unpacked = match layers::unpack(blob, &files, &below, options) {
+            Ok(unpacked) => unpacked,
+            Err(source) => {
+                // Whether the layer was made so, or became so here.
+                self.check_blob(&layer.digest)?;
+                return Err(Error::Unpack { layer: layer.digest, source });
+            }
+        };
+        if unpacked.blob.0 != layer.digest {
+            self.check_blob(&layer.digest)?;
+        }
         let what = format!("layer {}", layer.digest.short());
         for (expected, found) in [(layer.digest, unpacked.blob.0), (layer.diff_id, unpacked.diff_id)] {
             if expected != found {
