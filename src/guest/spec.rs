@@ -336,7 +336,9 @@ impl Stdio {
     pub fn streams(&self) -> Vec<u64> {
         match *self {
             Self::Terminal { stream, .. } => vec![stream],
-            Self::Streams { stdin, stdout, stderr } => [stdin, stdout, stderr].into_iter().flatten().collect(),
+            Self::Streams { stdin, stdout, stderr } => {
+                [stdin, stdout, stderr].into_iter().flatten().collect()
+            }
         }
     }
 }

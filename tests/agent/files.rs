@@ -115,7 +115,8 @@ pub fn archives_go_in_and_out(sandbox: &mut Sandbox) {
     archive.append_data(&mut header, "in/file", &b"bytes"[..]).unwrap();
     let bytes = archive.into_inner().unwrap();
     sandbox.client.write_archive(&id, "/data", &mut &*bytes).unwrap();
-    let process = sandbox.shell("stat -c '%u:%g:%a:%Y' /data/in/file; cat /data/in/file; ln -s in /data/link");
+    let process =
+        sandbox.shell("stat -c '%u:%g:%a:%Y' /data/in/file; cat /data/in/file; ln -s in /data/link");
     assert_eq!(sandbox.exec(&id, 1, process).output(), "33:34:4751:1000000000\nbytes");
 
     let mut packed = vec![];

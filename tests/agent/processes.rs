@@ -79,10 +79,7 @@ pub fn process_has_its_environment_user_and_directory(sandbox: &mut Sandbox) {
         spec.process.oom_score_adj = Some(77);
     });
     // Standard streams and the directory that is listed.
-    assert_eq!(
-        ended.output(),
-        "some words\n33\n34 90\n/srv/web\n/srv/new/deep\n0077\nbox\n100\n77\n4\nsh"
-    );
+    assert_eq!(ended.output(), "some words\n33\n34 90\n/srv/web\n/srv/new/deep\n0077\nbox\n100\n77\n4\nsh");
     assert_eq!(ended.stderr, "x\n");
 }
 
@@ -112,7 +109,11 @@ pub fn exec_runs_beside_the_first_process(sandbox: &mut Sandbox) {
 pub fn reaper_is_process_one(sandbox: &mut Sandbox) {
     let script = "cat /proc/1/comm; echo $(($$ > 1)); (sleep 0.2 & exec true); sleep 1; ps -o stat | grep -c Z; exit 9";
     let ended = sandbox.run_shell(script, |spec| spec.reaper = true);
-    assert_eq!((ended.status, ended.stdout.as_str()), (ExitStatus::Code(9), "rvmm-reaper\n1\n0\n"), "{ended:?}");
+    assert_eq!(
+        (ended.status, ended.stdout.as_str()),
+        (ExitStatus::Code(9), "rvmm-reaper\n1\n0\n"),
+        "{ended:?}"
+    );
     // Signals reach the program.
     let process = sandbox.program(&["sleep", "100000"]);
     let mut spec = sandbox.container(process);
@@ -134,7 +135,9 @@ pub fn processes_are_listed(sandbox: &mut Sandbox) {
     spec.process.user = User::Ids { uid: 5, gid: 6, groups: vec![] };
     let _streams = sandbox.start(&spec);
     let mut listed = vec![];
-    while listed.len() != 2 || listed.iter().any(|process: &rvmm::guest::protocol::ProcessInfo| process.command.starts_with("sh")) {
+    while listed.len() != 2
+        || listed.iter().any(|process: &rvmm::guest::protocol::ProcessInfo| process.command.starts_with("sh"))
+    {
         listed = sandbox.client.processes(&spec.id).unwrap();
     }
     let first = listed.iter().find(|process| process.inner_pid == 1).unwrap();

@@ -270,7 +270,8 @@ impl Sandbox {
 
     /// Opens the streams of a process and begins to read.
     pub fn open(&self, stdio: &Stdio) -> Streams {
-        let open = |stream: Option<u64>| stream.map(|stream| self.client.open_stream(stream).expect("a stream"));
+        let open =
+            |stream: Option<u64>| stream.map(|stream| self.client.open_stream(stream).expect("a stream"));
         let Stdio::Streams { stdin, stdout, stderr } = *stdio else { panic!("a terminal") };
         let read = |stream| open(stream).map_or_else(|| thread::spawn(Vec::new), reader);
         Streams { stdin: open(stdin), stdout: read(stdout), stderr: read(stderr) }
@@ -308,7 +309,8 @@ impl Sandbox {
     pub fn finish(&mut self, container: &str, process: u32, streams: Streams) -> Ended {
         let (status, out_of_memory) = self.wait_exit(container, process);
         drop(streams.stdin);
-        let text = |reader: JoinHandle<Vec<u8>>| String::from_utf8_lossy(&reader.join().unwrap()).into_owned();
+        let text =
+            |reader: JoinHandle<Vec<u8>>| String::from_utf8_lossy(&reader.join().unwrap()).into_owned();
         Ended { status, out_of_memory, stdout: text(streams.stdout), stderr: text(streams.stderr) }
     }
 

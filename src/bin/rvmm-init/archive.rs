@@ -40,7 +40,12 @@ pub struct Job {
 
 impl Job {
     /// Starts one: `stream` is the host's connection. The child's number comes back with it.
-    pub fn start(direction: Direction, view: &View, path: &str, stream: OwnedFd) -> Result<(i32, Self), Failure> {
+    pub fn start(
+        direction: Direction,
+        view: &View,
+        path: &str,
+        stream: OwnedFd,
+    ) -> Result<(i32, Self), Failure> {
         let doing = || "start a process for an archive".to_owned();
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).doing(doing)?;
         let Some(pid) = system::fork().doing(doing)? else {

@@ -38,9 +38,7 @@ pub struct Error(pub &'static str, pub Errno);
 /// What happens to this process from outside.
 pub fn signals() -> Result<SignalFd, nix::Error> {
     let mut set = SigSet::empty();
-    for signal in
-        [Signal::SIGCHLD, Signal::SIGINT, Signal::SIGTERM, Signal::SIGPWR, Signal::SIGUSR1, Signal::SIGUSR2]
-    {
+    for signal in [Signal::SIGCHLD, Signal::SIGINT, Signal::SIGPWR] {
         set.add(signal);
     }
     // The terminal of a process must not stop this one.
@@ -64,14 +62,9 @@ pub fn prepare() -> Result<(), Error> {
     // The kernel's own root cannot be left by pivot_root(2), so another one goes over it.
     new_mount(c"tmpfs", c"/r", none, c"mode=0755")?;
     chdir(c"/r").map_err(|error| Error("enter the new root", error))?;
-    for (name, mode) in [
-        (c"dev", 0o755),
-        (c"proc", 0o555),
-        (c"sys", 0o555),
-        (c"c", 0o700),
-        (c"m", 0o700),
-        (c"share", 0o700),
-    ] {
+    for (name, mode) in
+        [(c"dev", 0o755), (c"proc", 0o555), (c"sys", 0o555), (c"c", 0o700), (c"m", 0o700), (c"share", 0o700)]
+    {
         match mkdir(name, Mode::from_raw_mode(mode)) {
             Ok(()) => {}
             Err(error) => return Err(Error("make a directory", error)),
@@ -124,4 +117,3 @@ pub fn power_off() -> ! {
         std::thread::park();
     }
 }
-

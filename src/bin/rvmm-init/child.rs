@@ -21,7 +21,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 use crate::inside;
 use crate::netlink::NETLINK_ROUTE;
 use crate::path::Path;
-use crate::plan::{Plan, Step, StdioPlan};
+use crate::plan::{Plan, StdioPlan, Step};
 use crate::system;
 
 type Failed = (Step, Errno);
@@ -63,13 +63,13 @@ fn prepare(plan: &mut Plan) -> Result<(), Failed> {
     process::umask(Mode::empty());
     let terminal = match &plan.root {
         Some(root) => {
-            let old = inside::enter(root)?;
+            let null = inside::enter(root)?;
             inside::furnish(root)?;
             let terminal = open_terminal(&plan.stdio)?;
             if let (Some((_, slave)), StdioPlan::Terminal { console: true, .. }) = (&terminal, &plan.stdio) {
                 inside::bind_console(slave).map_err(at(Step::Console))?;
             }
-            inside::finish(root, old)?;
+            inside::finish(root, null)?;
             terminal
         }
         None => open_terminal(&plan.stdio)?,
@@ -102,10 +102,8 @@ fn open_terminal(stdio: &StdioPlan) -> Result<Option<(OwnedFd, OwnedFd)>, Failed
         let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let master = fs::open(c"/dev/pts/ptmx", flags, Mode::empty())?;
         unlockpt(&master)?;
-        let slave = ioctl_tiocgptpeer(
-            &master,
-            OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC,
-        )?;
+        let slave =
+            ioctl_tiocgptpeer(&master, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
         let (ws_row, ws_col) = *size;
         tcsetwinsize(&slave, Winsize { ws_row, ws_col, ws_xpixel: 0, ws_ypixel: 0 })?;
         Ok((master, slave))
@@ -127,14 +125,16 @@ fn set_stdio(plan: &Plan) -> Result<(), Failed> {
     };
     match (&plan.stdio, &plan.outcome.terminal) {
         (StdioPlan::Files([stdin, stdout, stderr]), _) => {
-            let files = [(stdin.0.as_fd(), stdin.1), (stdout.0.as_fd(), stdout.1), (stderr.0.as_fd(), stderr.1)];
+            let files =
+                [(stdin.0.as_fd(), stdin.1), (stdout.0.as_fd(), stdout.1), (stderr.0.as_fd(), stderr.1)];
             set(files).map_err(at(Step::Stdio))
         }
         (StdioPlan::Terminal { .. }, Some((_, slave))) => {
             // From here on the agent's own descriptors must not change.
             system::unshare_files().map_err(at(Step::Stdio))?;
             process::ioctl_tiocsctty(slave).map_err(at(Step::Terminal))?;
-            set([(slave.as_fd(), true), (slave.as_fd(), false), (slave.as_fd(), false)]).map_err(at(Step::Stdio))
+            set([(slave.as_fd(), true), (slave.as_fd(), false), (slave.as_fd(), false)])
+                .map_err(at(Step::Stdio))
         }
         (StdioPlan::Terminal { .. }, None) => Err((Step::Terminal, Errno::NOTTY)),
     }
@@ -205,7 +205,9 @@ fn enter_directory(plan: &Plan) -> Result<(), Errno> {
 /// Becomes the program. What comes back is why not.
 fn exec(plan: &mut Plan) -> Result<std::convert::Infallible, Failed> {
     system::close_on_exec().map_err(at(Step::Exec))?;
-    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)
+    // A process 1 does not get what it has no handler for, unless it is blocked; the reaper takes it later.
+    let mask = if plan.reaper.is_some() { SigSet::all() } else { SigSet::empty() };
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&mask), None)
         .map_err(|error| (Step::Exec, Errno::from_raw_os_error(error as i32)))?;
     let mut found = None;
     // The agent sees the last value that was written before the program was loaded.

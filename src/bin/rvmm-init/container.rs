@@ -167,10 +167,16 @@ pub fn failure_of(plan: &Plan, program: &str) -> Failure {
             None => "mount".to_owned(),
         },
         Step::Device(index) => {
-            format!("make the device {}", text(root.and_then(|root| root.devices.get(index)).map(|device| &device.path)))
+            format!(
+                "make the device {}",
+                text(root.and_then(|root| root.devices.get(index)).map(|device| &device.path))
+            )
         }
         Step::Link(index) => {
-            format!("make the link {}", text(root.and_then(|root| root.links.get(index)).map(|(path, _)| path)))
+            format!(
+                "make the link {}",
+                text(root.and_then(|root| root.links.get(index)).map(|(path, _)| path))
+            )
         }
         Step::Sysctl(index) => {
             format!("write {}", text(root.and_then(|root| root.sysctls.get(index)).map(|(path, _)| path)))

@@ -71,9 +71,11 @@ pub fn processes(cgroup: &Cgroup) -> Vec<ProcessInfo> {
 fn process(pid: i32, boot: u64) -> Option<ProcessInfo> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let mut info = parse(pid, &stat, &status, boot, clock_ticks_per_second(), rustix::param::page_size() as u64)?;
+    let mut info =
+        parse(pid, &stat, &status, boot, clock_ticks_per_second(), rustix::param::page_size() as u64)?;
     let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let line = String::from_utf8_lossy(bytes.trim_ascii_end().strip_suffix(b"\0").unwrap_or(&bytes)).replace('\0', " ");
+    let line = String::from_utf8_lossy(bytes.trim_ascii_end().strip_suffix(b"\0").unwrap_or(&bytes))
+        .replace('\0', " ");
     if !line.is_empty() {
         info.command = line;
     }
@@ -122,7 +124,12 @@ pub fn stat_path(root: OwnedFd, path: &str, follow: bool) -> Result<FileInfo, Fa
         true => Some(readlinkat(&file, "", Vec::new()).doing(doing)?.to_string_lossy().into_owned()),
         false => None,
     };
-    Ok(FileInfo { mode: stat.st_mode, len: stat.st_size.unsigned_abs(), modified: stat.st_mtime as i64, link })
+    Ok(FileInfo {
+        mode: stat.st_mode,
+        len: stat.st_size.unsigned_abs(),
+        modified: stat.st_mtime as i64,
+        link,
+    })
 }
 
 #[cfg(test)]

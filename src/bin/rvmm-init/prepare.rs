@@ -17,9 +17,7 @@ use rvmm::guest::user::Identity;
 use crate::disks::Disks;
 use crate::failure::Doing;
 use crate::inside::READ_ONLY;
-use crate::plan::{
-    DevicePlan, MountPlan, MountWhat, Outcome, Plan, RootPlan, StdioPlan,
-};
+use crate::plan::{DevicePlan, MountPlan, MountWhat, Outcome, Plan, RootPlan, StdioPlan};
 use crate::root::c_string;
 use crate::share::{self, Share};
 use crate::system::{Strings, set_mount_attributes};
@@ -66,7 +64,11 @@ pub struct Ends {
 }
 
 /// A plan for a process, without anything that its container adds.
-pub fn process(spec: &ProcessSpec, identity: Identity, last_capability: u32) -> Result<(Plan, Ends), Failure> {
+pub fn process(
+    spec: &ProcessSpec,
+    identity: Identity,
+    last_capability: u32,
+) -> Result<(Plan, Ends), Failure> {
     let program = spec.args.first().ok_or_else(|| Failure::Invalid("no command specified".into()))?;
     if program.is_empty() {
         return Err(Failure::NotFound { program: program.clone() });
@@ -186,9 +188,10 @@ pub fn file_system(
     }
     let devices = spec.devices.iter().map(plan_device).collect::<Result<_, _>>()?;
     let links = spec.links.iter().map(|(path, target)| Ok((c_string(path)?, c_string(target)?)));
-    let sysctls = spec.sysctls.iter().map(|(name, value)| {
-        Ok((c_string(&sysctl_path(name)?)?, value.clone().into_bytes()))
-    });
+    let sysctls = spec
+        .sysctls
+        .iter()
+        .map(|(name, value)| Ok((c_string(&sysctl_path(name)?)?, value.clone().into_bytes())));
     Ok(RootPlan {
         path: c_string(&root.to_string_lossy())?,
         mounts,
@@ -206,7 +209,11 @@ pub fn file_system(
 pub fn sysctl_path(name: &str) -> Result<String, Failure> {
     let path = if name.contains('/') { name.to_owned() } else { name.replace('.', "/") };
     let is_plain = !path.split('/').any(|part| part.is_empty() || part == "." || part == "..");
-    if is_plain { Ok(format!("/proc/sys/{path}")) } else { Err(Failure::Invalid(format!("{name:?} is no kernel parameter"))) }
+    if is_plain {
+        Ok(format!("/proc/sys/{path}"))
+    } else {
+        Err(Failure::Invalid(format!("{name:?} is no kernel parameter")))
+    }
 }
 
 fn plan_mount(
@@ -220,8 +227,10 @@ fn plan_mount(
         return Err(Failure::Invalid(format!("mount destination {:?} not absolute", mount.target)));
     }
     let recursive = mount.flags & libc::MS_REC != 0;
-    let attributes =
-        ATTRIBUTES.iter().filter(|(flag, _)| mount.flags & flag != 0).fold(0, |all, (_, attribute)| all | attribute);
+    let attributes = ATTRIBUTES
+        .iter()
+        .filter(|(flag, _)| mount.flags & flag != 0)
+        .fold(0, |all, (_, attribute)| all | attribute);
     let tree = |tree: OwnedFd, is_directory: bool| {
         if attributes != 0 {
             set_mount_attributes(&tree, recursive, attributes)
@@ -276,7 +285,9 @@ fn mount_volume(volume: &Volume, flags: u64, disks: &mut Disks) -> Result<OwnedF
         fsconfig_create(context.as_fd())?;
         fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
     };
-    mount().doing(|| format!("mount partition {} of disk {:?} as {}", volume.partition, volume.disk, volume.kind))
+    mount().doing(|| {
+        format!("mount partition {} of disk {:?} as {}", volume.partition, volume.disk, volume.kind)
+    })
 }
 
 /// A file in memory, as a mount without a place.

@@ -16,7 +16,7 @@ use crate::archive::Direction;
 use crate::cgroup::Cgroup;
 use crate::container::{Container, Process, copy, failure_of, joined_namespaces, new_namespaces};
 use crate::failure::Doing;
-use crate::plan::{Plan, Step, StdioPlan};
+use crate::plan::{Plan, StdioPlan, Step};
 use crate::prepare::{self, Ends, check_id};
 use crate::root::{RootMount, c_string};
 use crate::stream::{Kind, Stream};
@@ -215,7 +215,10 @@ impl Agent {
         let stdio = stdio.unwrap_or(&spec.stdio);
         let streams = stdio.streams();
         for (index, stream) in streams.iter().enumerate() {
-            if self.streams.contains_key(stream) || self.asked.contains_key(stream) || streams[..index].contains(stream) {
+            if self.streams.contains_key(stream)
+                || self.asked.contains_key(stream)
+                || streams[..index].contains(stream)
+            {
                 return Err(Failure::Exists(format!("with stream {stream}")));
             }
         }
@@ -297,12 +300,8 @@ impl Agent {
         let mut streams = process.streams.iter().filter_map(|id| self.streams.get(id));
         let terminal = streams.find_map(Stream::terminal);
         let terminal = terminal.ok_or_else(|| Failure::Invalid("the process has no terminal".into()))?;
-        let size = rustix::termios::Winsize {
-            ws_row: size.rows,
-            ws_col: size.columns,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
+        let size =
+            rustix::termios::Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
         rustix::termios::tcsetwinsize(terminal, size).doing(|| "change the terminal's size".to_owned())
     }
 
@@ -345,7 +344,10 @@ impl Agent {
             return Err(container.wrong_state());
         }
         container.deleting.push(by);
-        container.cgroup.kill();
+        // What has a namespace of its own has ended with its first process.
+        if !container.is_at_rest() || container.spec.namespaces.pid != Namespace::Own {
+            container.cgroup.kill();
+        }
         // Nobody is to hold it up by not reading.
         self.forget_streams(id, None);
         Ok(())

@@ -68,10 +68,7 @@ impl RootMount {
     ) -> Result<(), Failure> {
         let device = disks.find(volume)?;
         mount(&device, &at, volume.kind.as_str(), flags, c_string(&volume.data)?.as_c_str()).doing(|| {
-            format!(
-                "mount partition {} of disk {:?} as {}",
-                volume.partition, volume.disk, volume.kind
-            )
+            format!("mount partition {} of disk {:?} as {}", volume.partition, volume.disk, volume.kind)
         })?;
         self.mounted.push(at);
         Ok(())

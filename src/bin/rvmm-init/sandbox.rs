@@ -45,7 +45,9 @@ pub fn set_clock(ns: u64) -> Result<(), Failure> {
 /// What the kernel and the machine are.
 pub fn info(controllers: &Controllers) -> AgentInfo {
     let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let total = memory.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse().ok());
+    let total = memory
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse().ok());
     AgentInfo {
         version: VERSION,
         kernel: rustix::system::uname().release().to_string_lossy().into_owned(),

@@ -252,7 +252,8 @@ pub fn set_mount_attributes(tree: impl AsFd, recursive: bool, set: u64) -> Resul
 /// getcwd(2) into a buffer: how many bytes there are, with the NUL.
 pub fn current_directory(buffer: &mut [u8]) -> Result<usize, Errno> {
     // SAFETY: the buffer is as long as is said.
-    checked(unsafe { libc::syscall(libc::SYS_getcwd, buffer.as_mut_ptr(), buffer.len()) }).map(|len| len as usize)
+    checked(unsafe { libc::syscall(libc::SYS_getcwd, buffer.as_mut_ptr(), buffer.len()) })
+        .map(|len| len as usize)
 }
 
 /// seccomp(2): sets a filter of `struct sock_filter`s.

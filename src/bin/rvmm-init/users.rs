@@ -16,12 +16,9 @@ use crate::failure::Doing;
 pub fn resolve(user: &User, root: BorrowedFd<'_>) -> Result<Identity, Failure> {
     let passwd = read(root, "etc/passwd")?;
     match user {
-        User::Ids { uid, gid, groups } => Ok(Identity {
-            uid: *uid,
-            gid: *gid,
-            groups: groups.clone(),
-            home: user::home_of(*uid, &passwd),
-        }),
+        User::Ids { uid, gid, groups } => {
+            Ok(Identity { uid: *uid, gid: *gid, groups: groups.clone(), home: user::home_of(*uid, &passwd) })
+        }
         User::Named { user, groups } => {
             let group = read(root, "etc/group")?;
             user::resolve(user, groups, &passwd, &group).map_err(|error| match error {

@@ -86,11 +86,10 @@ fn agent_that_does_not_listen_yet_is_called_again() {
     let mock = Mock::new();
     let path = mock.path();
     let client = thread::spawn(move || Client::connect(&path, None, PATIENCE, true));
-    let agent = mock.start(vec![
-        |stream| drop(stream),
-        |mut stream| drop(read_line(&mut stream)),
-        |stream| drop(greet(stream)),
-    ]);
+    let agent =
+        mock.start(vec![|stream| drop(stream), |mut stream| drop(read_line(&mut stream)), |stream| {
+            drop(greet(stream))
+        }]);
     assert_eq!(client.join().unwrap().unwrap().info().kernel, "6.1");
     agent.join().unwrap();
 }
@@ -149,13 +148,10 @@ fn answers_in_another_order_find_their_requests() {
 #[test]
 fn stream_begins_with_its_number() {
     let mock = Mock::new();
-    let agent = mock.start(vec![
-        |stream| drop(greet(stream)),
-        |mut stream| {
-            assert_eq!(accept(&mut stream), Greeting::Stream(77));
-            stream.write_all(b"output").unwrap();
-        },
-    ]);
+    let agent = mock.start(vec![|stream| drop(greet(stream)), |mut stream| {
+        assert_eq!(accept(&mut stream), Greeting::Stream(77));
+        stream.write_all(b"output").unwrap();
+    }]);
     let client = mock.connect().unwrap();
     let mut output = String::new();
     client.open_stream(77).unwrap().read_to_string(&mut output).unwrap();

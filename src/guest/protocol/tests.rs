@@ -4,8 +4,10 @@ use crate::guest::spec::*;
 
 /// A container with something in every field.
 fn full_spec() -> ContainerSpec {
-    let volume = |partition| Volume { disk: "layers".into(), partition, kind: "erofs".into(), data: String::new() };
-    let mount = |source, target: &str| Mount { source, target: target.into(), flags: 6, propagation: 1 << 18 };
+    let volume =
+        |partition| Volume { disk: "layers".into(), partition, kind: "erofs".into(), data: String::new() };
+    let mount =
+        |source, target: &str| Mount { source, target: target.into(), flags: 6, propagation: 1 << 18 };
     ContainerSpec {
         id: "a1".into(),
         root: Root::Layers { lower: vec![volume(1), volume(2)], upper: Upper::Volume(volume(0)) },
@@ -14,7 +16,10 @@ fn full_spec() -> ContainerSpec {
         mounts: vec![
             mount(Source::New { kind: "proc".into(), data: String::new() }, "/proc"),
             mount(Source::Share { path: "volumes/1".into() }, "/data"),
-            mount(Source::File { contents: b"127.0.0.1 localhost\n".into(), mode: 0o644, uid: 0, gid: 1 }, "/etc/hosts"),
+            mount(
+                Source::File { contents: b"127.0.0.1 localhost\n".into(), mode: 0o644, uid: 0, gid: 1 },
+                "/etc/hosts",
+            ),
             mount(Source::Memory { name: "shm".into(), data: "size=64m".into() }, "/dev/shm"),
             mount(Source::Inside { path: "/a".into() }, "/b"),
             mount(Source::Volume(volume(3)), "/v"),

@@ -2,9 +2,11 @@ use proptest::prelude::*;
 
 use super::*;
 
-const PASSWD: &[u8] = b"root:x:0:0:root:/root:/bin/sh\n# a comment\nbroken\nweb:x:33:34:Web:/srv/web:/bin/false\n\
+const PASSWD: &[u8] =
+    b"root:x:0:0:root:/root:/bin/sh\n# a comment\nbroken\nweb:x:33:34:Web:/srv/web:/bin/false\n\
                         1000:x:7:8::/seven:\nnohome:x:50:51:::\n";
-const GROUP: &[u8] = b"root:x:0:\nadm:x:4:web,root\nweb:x:34:\nlog:x:90:other,web\n90:x:91:\nwheel:x:10:root\n";
+const GROUP: &[u8] =
+    b"root:x:0:\nadm:x:4:web,root\nweb:x:34:\nlog:x:90:other,web\n90:x:91:\nwheel:x:10:root\n";
 
 fn look_up(user: &str, further: &[&str]) -> Result<Identity, Error> {
     let further: Vec<_> = further.iter().map(|name| (*name).to_owned()).collect();
@@ -54,7 +56,10 @@ fn group_that_was_asked_for_stands_instead_of_memberships() {
 
 #[test]
 fn further_groups_come_behind_and_only_once() {
-    assert_eq!(look_up("web", &["wheel", "4", "800", "800"]), Ok(identity(33, 34, &[4, 90, 10, 800], "/srv/web")));
+    assert_eq!(
+        look_up("web", &["wheel", "4", "800", "800"]),
+        Ok(identity(33, 34, &[4, 90, 10, 800], "/srv/web"))
+    );
 }
 
 #[test]
