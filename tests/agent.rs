@@ -12,11 +12,14 @@ mod streams;
 
 use rvmm::kvm::kind::Kind;
 
-use crate::support::{has_fast_kvm, kvm_kind};
+use crate::support::{has_fast_kvm, has_tool, kvm_kind};
 use rig::Sandbox;
 
+/// Something that is looked at in a guest.
+type Check = fn(&mut Sandbox);
+
 /// What is looked at where a process takes a second: one guest for all of it.
-const ON_SLOW_KERNELS: [(&str, fn(&mut Sandbox)); 12] = [
+const ON_SLOW_KERNELS: [(&str, Check); 12] = [
     ("exit codes", processes::exit_codes_come_back),
     ("programs that cannot be run", processes::programs_that_cannot_be_run_are_told_apart),
     ("environment, user and directory", processes::process_has_its_environment_user_and_directory),
@@ -46,7 +49,7 @@ fn containers_on_a_slow_kernel() {
 }
 
 /// A test of its own for each list of checks, in a guest of its own.
-fn in_a_guest(checks: &[fn(&mut Sandbox)]) {
+fn in_a_guest(checks: &[Check]) {
     if !has_fast_kvm() {
         return;
     }
@@ -102,6 +105,7 @@ fn security_of_containers() {
         security::capabilities_are_what_was_given,
         security::images_cannot_lead_out,
         security::devices_are_filtered,
+        security::containers_cannot_call_the_agent,
     ]);
 }
 
@@ -124,6 +128,18 @@ fn life_of_containers() {
         life::states_are_respected,
         life::sandbox_is_configured,
     ]);
+}
+
+#[test]
+fn networks_of_sandboxes() {
+    if !has_fast_kvm() || !has_tool("ip") {
+        return;
+    }
+    let tap = |name: &str, last: u8| format!("tap={name},mac=02:00:00:00:00:0{last}");
+    let arguments = ["--net", &tap("rvmmagent0", 7), "--net", &tap("rvmmagent1", 8)];
+    let Some(mut sandbox) = Sandbox::boot_with(&arguments) else { return };
+    life::networks_are_set_up(&mut sandbox);
+    sandbox.power_off();
 }
 
 /// What a container costs the host's processor, step by step.

@@ -243,7 +243,7 @@ impl Client {
             Err(error) if error.kind() == ErrorKind::ConnectionReset => return Err(Error::Closed),
             Err(error) => return Err(self.failed(error)),
         }
-        while let Some(message) = self.assembler.next::<FromAgent>()? {
+        while let Some(message) = self.assembler.take::<FromAgent>()? {
             match message {
                 FromAgent::Reply(id, reply) if self.pending.remove(&id) => {
                     self.replies.insert(id, reply);

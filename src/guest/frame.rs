@@ -113,7 +113,7 @@ impl Assembler {
     }
 
     /// Takes the next message, if it has come whole. After an error the stream has no more frames.
-    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, Error> {
+    pub fn take<T: DeserializeOwned>(&mut self) -> Result<Option<T>, Error> {
         let left = self.bytes.get(self.start..).unwrap_or_default();
         let Some((length, rest)) = left.split_first_chunk::<LENGTH_BYTES>() else { return Ok(None) };
         let len = u32::from_le_bytes(*length) as usize;

@@ -3,6 +3,7 @@
 //! The host calls the agent at [`PORT`]: once or more for frames, and once for each stream of a process. Requests are
 //! answered in any order, by their number. Events come in between, to connections that asked for them.
 
+use std::fmt;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
@@ -323,6 +324,17 @@ pub enum State {
     Stopped(ExitStatus),
 }
 
+impl fmt::Display for State {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Created => "created and not started",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopped(_) => "not running",
+        })
+    }
+}
+
 /// What a container uses, since it was made or now. What the kernel does not count is 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stats {
@@ -427,7 +439,7 @@ pub enum Failure {
         process: u32,
     },
     /// The container is in another state.
-    #[error("container {container} is {state:?}")]
+    #[error("container {container} is {state}")]
     State {
         /// The container.
         container: String,

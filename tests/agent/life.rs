@@ -6,6 +6,7 @@ use rvmm::guest::protocol::*;
 use rvmm::guest::spec::*;
 
 use super::rig::{Sandbox, failure};
+use crate::support::tool;
 
 pub fn two_containers_share_a_sandbox(sandbox: &mut Sandbox) {
     let first = sandbox.idle();
@@ -142,6 +143,62 @@ pub fn sandbox_is_configured(sandbox: &mut Sandbox) {
         sandbox.client.configure(Configuration { interfaces: vec![missing], ..Configuration::default() }),
     );
     assert_eq!(refused.to_string(), "no network device with the address 02:00:00:00:00:09");
+}
+
+pub fn networks_are_set_up(sandbox: &mut Sandbox) {
+    tool("ip", &["address", "add", "10.77.0.1/24", "dev", "rvmmagent0"]);
+    tool("ip", &["link", "set", "rvmmagent0", "up"]);
+    let address = |text: &str| text.parse().unwrap();
+    let route = |destination: &str, prefix, gateway: Option<&str>| Route {
+        destination: (address(destination), prefix),
+        gateway: gateway.map(address),
+        metric: None,
+    };
+    // Names that the devices have, the other way round.
+    let interfaces = vec![
+        Interface {
+            mac: [2, 0, 0, 0, 0, 7],
+            name: "eth1".into(),
+            mtu: Some(1400),
+            addresses: vec![(address("10.77.0.2"), 24), (address("fd00:77::2"), 64)],
+            routes: vec![route("0.0.0.0", 0, Some("10.77.0.1")), route("192.0.2.0", 24, None)],
+        },
+        Interface {
+            mac: [2, 0, 0, 0, 0, 8],
+            name: "eth0".into(),
+            mtu: None,
+            addresses: vec![(address("10.78.0.2"), 16)],
+            routes: vec![route("2001:db8::", 32, Some("fd00:77::1"))],
+        },
+    ];
+    // The gateway is another device's.
+    let refused = sandbox
+        .client
+        .configure(Configuration { interfaces: interfaces.clone(), ..Configuration::default() });
+    assert_eq!(failure(refused).to_string(), "cannot set up the network device eth0: no route to host");
+    let mut interfaces = interfaces;
+    interfaces[1].routes.clear();
+    // What was done already is no obstacle.
+    sandbox.client.configure(Configuration { interfaces, ..Configuration::default() }).unwrap();
+    let script = "ping -c1 -W60 10.77.0.1 >/dev/null && echo reached; cat /sys/class/net/eth1/mtu /sys/class/net/eth1/address; \
+                  ip -o -4 address show | cut -d' ' -f2,7; ip -o -6 address show dev eth1 scope global | cut -d' ' -f7; ip route";
+    let ended = sandbox.run_shell(script, |spec| {
+        spec.namespaces.network = Namespace::Sandbox;
+        let sysfs = Source::New { kind: "sysfs".into(), data: String::new() };
+        spec.mounts.push(Mount {
+            source: sysfs,
+            target: "/sys".into(),
+            flags: libc::MS_RDONLY,
+            propagation: 0,
+        });
+    });
+    assert_eq!(
+        ended.output().replace(" \n", "\n"),
+        "reached\n1400\n02:00:00:00:00:07\nlo 127.0.0.1/8\neth1 10.77.0.2/24\neth0 10.78.0.2/16\nfd00:77::2/64\n\
+         default via 10.77.0.1 dev eth1 \n10.77.0.0/24 dev eth1 scope link  src 10.77.0.2 \n\
+         10.78.0.0/16 dev eth0 scope link  src 10.78.0.2 \n192.0.2.0/24 dev eth1 scope link"
+            .replace(" \n", "\n")
+    );
 }
 
 /// Makes a container that does nothing, and tells what each step took of the monitor's processor time.

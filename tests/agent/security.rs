@@ -119,4 +119,50 @@ pub fn devices_are_filtered(sandbox: &mut Sandbox) {
     let script =
         "(mknod /tmp/vda b 254 0 && dd if=/tmp/vda of=/dev/null count=1) 2>/dev/null || echo refused";
     assert_eq!(sandbox.run_shell(script, |spec| spec.device_filter = none).output(), "refused");
+    assert_eq!(sandbox.run_shell(script, |_| {}).output(), "");
+}
+
+/// Calls the agent's port at its own machine and greets; what it hears is told.
+const CALLER: &str = r#"
+#include <linux/vm_sockets.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+int main(void)
+{
+	unsigned cids[] = { VMADDR_CID_LOCAL, 3 };
+	for (int i = 0; i < 2; i++) {
+		struct sockaddr_vm to = { .svm_family = AF_VSOCK, .svm_cid = cids[i], .svm_port = 1024 };
+		char greeting[16] = "rvmm\1\0\1\0", answer[64], hello[] = { 4, 0, 0, 0, 1, 0, 1, 1 };
+		int fd = socket(AF_VSOCK, SOCK_STREAM, 0);
+		if (connect(fd, (void *)&to, sizeof to) < 0) {
+			puts("refused");
+			continue;
+		}
+		send(fd, greeting, 16, MSG_NOSIGNAL);
+		send(fd, hello, sizeof hello, MSG_NOSIGNAL);
+		puts(recv(fd, answer, sizeof answer, 0) > 0 ? "heard" : "refused");
+	}
+	return 0;
+}
+"#;
+
+pub fn containers_cannot_call_the_agent(sandbox: &mut Sandbox) {
+    if !crate::support::has_tool("gcc") {
+        return;
+    }
+    let directory = crate::support::directory();
+    let (source, program) = (directory.path().join("caller.c"), directory.path().join("caller"));
+    std::fs::write(&source, CALLER).unwrap();
+    crate::support::tool(
+        "gcc",
+        &["-static", "-s", "-o", program.to_str().unwrap(), source.to_str().unwrap()],
+    );
+    let contents = std::fs::read(program).unwrap();
+    let ended = sandbox.run_shell("/caller", |spec| {
+        let file = Source::File { contents, mode: 0o755, uid: 0, gid: 0 };
+        spec.mounts.push(Mount { source: file, target: "/caller".into(), flags: 0, propagation: 0 });
+    });
+    assert_eq!(ended.output(), "refused\nrefused");
 }

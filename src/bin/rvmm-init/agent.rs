@@ -6,7 +6,9 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::sys::signalfd::SignalFd;
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, listen, socket};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, getpeername, listen, socket,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SocketFlags, accept_with};
 use rustix::process::{PidfdFlags, WaitOptions, getpid, pidfd_open, wait};
@@ -29,6 +31,8 @@ use crate::system::Stack;
 const GREETERS_MAX: usize = 256;
 /// Connections for frames at most.
 const CONTROLS_MAX: usize = 64;
+/// `SI_KERNEL`: nobody has sent the signal.
+const FROM_KERNEL: i32 = 0x80;
 /// How long to wait between looks at what tells nobody of its end: a control group that empties.
 const RETRY: Duration = Duration::from_millis(20);
 /// How long killed processes may take to be gone when the machine stops.
@@ -209,6 +213,11 @@ impl Agent {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         while self.greeters.len() < GREETERS_MAX {
             let Ok(connection) = accept_with(&self.listener, flags) else { return };
+            // A container's process could call, too: from this very machine.
+            let caller = getpeername::<VsockAddr>(connection.as_raw_fd());
+            if caller.is_ok_and(|caller| caller.cid() != libc::VMADDR_CID_HOST) {
+                continue;
+            }
             self.greeters.insert(self.next_connection, Greeter::new(connection));
             self.next_connection += 1;
         }
@@ -301,8 +310,8 @@ impl Agent {
         while let Ok(Some(signal)) = self.signals.read_signal() {
             match signal.ssi_signo as i32 {
                 libc::SIGCHLD => self.reap(),
-                // Ctrl-Alt-Del, and what asks a process 1 to stop.
-                libc::SIGINT | libc::SIGTERM | libc::SIGPWR | libc::SIGUSR1 | libc::SIGUSR2 => {
+                // Ctrl-Alt-Del. A container's process that shares the sandbox's namespace of processes may send one, too.
+                libc::SIGINT | libc::SIGPWR if signal.ssi_code == FROM_KERNEL => {
                     self.begin_stop(power::PATIENCE);
                 }
                 _ => {}

@@ -38,9 +38,7 @@ pub struct Error(pub &'static str, pub Errno);
 /// What happens to this process from outside.
 pub fn signals() -> Result<SignalFd, nix::Error> {
     let mut set = SigSet::empty();
-    for signal in
-        [Signal::SIGCHLD, Signal::SIGINT, Signal::SIGTERM, Signal::SIGPWR, Signal::SIGUSR1, Signal::SIGUSR2]
-    {
+    for signal in [Signal::SIGCHLD, Signal::SIGINT, Signal::SIGPWR] {
         set.add(signal);
     }
     // The terminal of a process must not stop this one.

@@ -63,13 +63,13 @@ fn prepare(plan: &mut Plan) -> Result<(), Failed> {
     process::umask(Mode::empty());
     let terminal = match &plan.root {
         Some(root) => {
-            let old = inside::enter(root)?;
+            let null = inside::enter(root)?;
             inside::furnish(root)?;
             let terminal = open_terminal(&plan.stdio)?;
             if let (Some((_, slave)), StdioPlan::Terminal { console: true, .. }) = (&terminal, &plan.stdio) {
                 inside::bind_console(slave).map_err(at(Step::Console))?;
             }
-            inside::finish(root, old)?;
+            inside::finish(root, null)?;
             terminal
         }
         None => open_terminal(&plan.stdio)?,
@@ -205,7 +205,9 @@ fn enter_directory(plan: &Plan) -> Result<(), Errno> {
 /// Becomes the program. What comes back is why not.
 fn exec(plan: &mut Plan) -> Result<std::convert::Infallible, Failed> {
     system::close_on_exec().map_err(at(Step::Exec))?;
-    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)
+    // A process 1 does not get what it has no handler for, unless it is blocked; the reaper takes it later.
+    let mask = if plan.reaper.is_some() { SigSet::all() } else { SigSet::empty() };
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&mask), None)
         .map_err(|error| (Step::Exec, Errno::from_raw_os_error(error as i32)))?;
     let mut found = None;
     // The agent sees the last value that was written before the program was loaded.

@@ -116,7 +116,7 @@ impl Control {
                 Err(_) => self.broken = true,
             }
             while !self.broken {
-                match self.assembler.next() {
+                match self.assembler.take() {
                     Ok(Some(request)) => requests.push(request),
                     Ok(None) => break,
                     Err(_) => self.broken = true,

@@ -25,22 +25,28 @@ const PROPAGATIONS: u64 = libc::MS_SHARED | libc::MS_PRIVATE | libc::MS_SLAVE | 
 const DIRECTORY_MODE: Mode = Mode::from_raw_mode(0o755);
 const FILE_MODE: Mode = Mode::from_raw_mode(0o644);
 
-/// What is still needed of the agent's own file system.
-pub struct OldRoot {
-    root: OwnedFd,
-    null: OwnedFd,
+/// Links that lead to links, at most.
+const LINKS_MAX: u32 = 8;
+
+/// The agent's `/dev/null`, not the image's, to cover files with.
+pub struct Null {
+    mount: OwnedFd,
+    is_attached: bool,
 }
 
-/// Makes the container's root the root.
-pub fn enter(plan: &RootPlan) -> Result<OldRoot, Failed> {
-    let enter = || -> Result<OldRoot, Errno> {
-        let path_only = OFlags::PATH | OFlags::CLOEXEC;
-        let root = fs::open(c"/", path_only | OFlags::DIRECTORY, Mode::empty())?;
-        let null = fs::open(c"/dev/null", path_only, Mode::empty())?;
+/// Makes the container's root the root. From then on no path leads to the agent's own file system.
+pub fn enter(plan: &RootPlan) -> Result<Null, Failed> {
+    let enter = || -> Result<Null, Errno> {
+        let old = fs::open(c"/", OFlags::PATH | OFlags::CLOEXEC | OFlags::DIRECTORY, Mode::empty())?;
+        let mount = clone_tree(c"/dev/null", false)?;
         process::chdir(plan.path.as_c_str())?;
-        // The old root then lies over the new one, where paths do not see it but it can still be bound from.
+        // The old root then lies over the new one. `/..` would lead there, so it must go before anything else is done.
         process::pivot_root(c".", c".")?;
-        Ok(OldRoot { root, null })
+        process::fchdir(&old)?;
+        mount::unmount(c".", UnmountFlags::DETACH)?;
+        process::chdir(c"/")?;
+        close(old);
+        Ok(Null { mount, is_attached: false })
     };
     enter().map_err(at(Step::Root))
 }
@@ -66,11 +72,12 @@ pub fn furnish(plan: &RootPlan) -> Result<(), Failed> {
     Ok(())
 }
 
-/// What takes things away again, and the end of the agent's file system here.
-pub fn finish(plan: &RootPlan, old: OldRoot) -> Result<(), Failed> {
+/// What takes things away again.
+pub fn finish(plan: &RootPlan, mut null: Null) -> Result<(), Failed> {
     for (index, path) in plan.masked.iter().enumerate() {
-        mask(path, &old).map_err(at(Step::Mask(index)))?;
+        mask(path, &mut null).map_err(at(Step::Mask(index)))?;
     }
+    close(null.mount);
     for (index, path) in plan.read_only.iter().enumerate() {
         make_read_only(path).map_err(at(Step::ReadOnly(index)))?;
     }
@@ -83,19 +90,10 @@ pub fn finish(plan: &RootPlan, old: OldRoot) -> Result<(), Failed> {
         };
         root().map_err(at(Step::ReadOnlyRoot))?;
     }
-    let leave = || -> Result<(), Errno> {
-        process::fchdir(&old.root)?;
-        mount::unmount(c".", UnmountFlags::DETACH)?;
-        process::chdir(c"/")?;
-        if plan.propagation != 0 {
-            let flags = MountPropagationFlags::from_bits_retain(plan.propagation as u32);
-            mount::mount_change(c"/", flags)?;
-        }
-        Ok(())
-    };
-    leave().map_err(at(Step::Root))?;
-    close(old.root);
-    close(old.null);
+    if plan.propagation != 0 {
+        let flags = MountPropagationFlags::from_bits_retain(plan.propagation as u32);
+        mount::mount_change(c"/", flags).map_err(at(Step::Root))?;
+    }
     Ok(())
 }
 
@@ -170,23 +168,30 @@ fn make_target(path: &CStr, is_directory: bool) -> Result<(), Errno> {
         return make_directories(&mut path);
     }
     make_parents(&path)?;
-    match make_file(path.as_c_str()) {
-        // A link to something that is not there, as images have them at /etc/resolv.conf.
-        Err(Errno::NOENT) => {
-            let mut buffer = [0; Path::BYTES_MAX];
-            let len = fs::readlinkat_raw(CWD, path.as_c_str(), &mut buffer)?;
-            let destination = buffer.get(..len).ok_or(Errno::NAMETOOLONG)?;
-            if destination.first() == Some(&b'/') {
-                path.truncate(0);
-            } else {
-                path.truncate(path.last_slash().map_or(0, |slash| slash + 1));
+    for _ in 0..LINKS_MAX {
+        match make_file(path.as_c_str()) {
+            // A link to something that is not there, as images have them at /etc/resolv.conf.
+            Err(Errno::NOENT) => {
+                follow(&mut path)?;
+                make_parents(&path)?;
             }
-            path.push(destination)?;
-            make_parents(&path)?;
-            make_file(path.as_c_str())
+            other => return other,
         }
-        other => other,
     }
+    Err(Errno::LOOP)
+}
+
+/// Puts where a link leads in its place.
+fn follow(link: &mut Path) -> Result<(), Errno> {
+    let mut buffer = [0; Path::BYTES_MAX];
+    let len = fs::readlinkat_raw(CWD, link.as_c_str(), &mut buffer)?;
+    let destination = buffer.get(..len).ok_or(Errno::NAMETOOLONG)?;
+    let keep = match destination.first() {
+        Some(b'/') => 0,
+        _ => link.last_slash().map_or(0, |slash| slash + 1),
+    };
+    link.truncate(keep);
+    link.push(destination)
 }
 
 fn make_file(path: &CStr) -> Result<(), Errno> {
@@ -206,12 +211,24 @@ fn make_parents(path: &Path) -> Result<(), Errno> {
     }
 }
 
-/// Makes a directory and those that lead there.
+/// Makes a directory and those that lead there, also where links lead that lead nowhere yet.
 pub fn make_directories(path: &mut Path) -> Result<(), Errno> {
+    make_directories_within(path, LINKS_MAX)
+}
+
+fn make_directories_within(path: &mut Path, links: u32) -> Result<(), Errno> {
     path.each_part(|part| match fs::mkdir(part, DIRECTORY_MODE) {
-        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Ok(()) => Ok(()),
         // A file system that cannot be written to says so of directories that are there, too.
-        Err(Errno::ROFS) if fs::stat(part).is_ok() => Ok(()),
+        Err(error @ (Errno::EXIST | Errno::ROFS)) => match fs::stat(part) {
+            Ok(_) => Ok(()),
+            Err(Errno::NOENT) if error == Errno::EXIST && links > 0 => {
+                let mut destination = Path::new(part)?;
+                follow(&mut destination)?;
+                make_directories_within(&mut destination, links - 1)
+            }
+            Err(_) => Err(error),
+        },
         Err(error) => Err(error),
     })
 }
@@ -234,14 +251,22 @@ fn add_device(device: &DevicePlan) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Covers a file with `/dev/null`, the agent's and not the image's, and a directory with an empty one.
-fn mask(path: &CStr, old: &OldRoot) -> Result<(), Errno> {
-    let flags =
-        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-    let null = mount::open_tree(&old.null, c"", flags)?;
-    let attached = mount::move_mount(&null, c"", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH);
-    close(null);
+/// Covers a file with `/dev/null`, and a directory with an empty one.
+fn mask(path: &CStr, null: &mut Null) -> Result<(), Errno> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    let attached = if null.is_attached {
+        let another = clone_of(&null.mount)?;
+        let attached = mount::move_mount(&another, c"", CWD, path, flags);
+        close(another);
+        attached
+    } else {
+        mount::move_mount(&null.mount, c"", CWD, path, flags)
+    };
     match attached {
+        Ok(()) => {
+            null.is_attached = true;
+            Ok(())
+        }
         Err(Errno::NOENT) => Ok(()),
         // It is a directory, or something before the last component is none.
         Err(Errno::INVAL | Errno::NOTDIR) => {
@@ -251,8 +276,15 @@ fn mask(path: &CStr, old: &OldRoot) -> Result<(), Errno> {
                 other => other,
             }
         }
-        other => other,
+        Err(error) => Err(error),
     }
+}
+
+/// A copy of a mount, without a place.
+fn clone_of(mount: &OwnedFd) -> Result<OwnedFd, Errno> {
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    mount::open_tree(mount, c"", flags)
 }
 
 fn make_read_only(path: &CStr) -> Result<(), Errno> {
@@ -268,9 +300,7 @@ fn make_read_only(path: &CStr) -> Result<(), Errno> {
 
 /// Binds the process's terminal to `/dev/console`.
 pub fn bind_console(slave: &OwnedFd) -> Result<(), Errno> {
-    let flags =
-        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-    let tree = mount::open_tree(slave, c"", flags)?;
+    let tree = clone_of(slave)?;
     attach_or_make(&tree, c"/dev/console", false)?;
     close(tree);
     Ok(())

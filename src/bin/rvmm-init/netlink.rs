@@ -96,10 +96,9 @@ impl Batch {
     fn set_link(&mut self, index: u32, name: Option<&str>, mtu: Option<u32>, up: bool) {
         let mut head = [0; LINK_BYTES];
         head[4..8].copy_from_slice(&index.to_ne_bytes());
-        if up {
-            head[8..12].copy_from_slice(&IFF_UP.to_ne_bytes());
-            head[12..16].copy_from_slice(&IFF_UP.to_ne_bytes());
-        }
+        // The flags, and which of them are meant.
+        head[8..12].copy_from_slice(&if up { IFF_UP } else { 0 }.to_ne_bytes());
+        head[12..16].copy_from_slice(&IFF_UP.to_ne_bytes());
         self.begin(RTM_NEWLINK, NLM_F_ACK, &head);
         if let Some(name) = name {
             self.attribute(IFLA_IFNAME, &[name.as_bytes(), b"\0"].concat());
@@ -291,18 +290,19 @@ pub fn configure(interfaces: &[Interface]) -> Result<(), Failure> {
         let link = links.iter().find(|link| link.mac == interface.mac);
         found.push((interface, link.ok_or(Failure::NoInterface(interface.mac))?));
     }
-    // Where one is to have a name that another has, all step aside first.
-    let taken = |name: &str, index: u32| links.iter().any(|link| link.name == name && link.index != index);
-    if found.iter().any(|(interface, link)| taken(&interface.name, link.index)) {
-        let mut aside = Batch::default();
-        for (_, link) in &found {
-            aside.set_link(link.index, Some(&format!("rvmm{}", link.index)), None, false);
-        }
+    // One that is up cannot be renamed, and one that is to have another's name has to wait until that has stepped aside.
+    let mut aside = Batch::default();
+    for (_, link) in found.iter().filter(|(interface, link)| interface.name != link.name) {
+        aside.set_link(link.index, None, None, false);
+        aside.set_link(link.index, Some(&format!("rvmm{}", link.index)), None, false);
+    }
+    if aside.count > 0 {
         socket.carry_out(&aside).doing(|| "rename network devices".to_owned())?;
     }
     for (interface, link) in found {
         let mut batch = Batch::default();
-        batch.set_link(link.index, Some(&interface.name), interface.mtu, true);
+        let name = Some(interface.name.as_str()).filter(|name| *name != link.name);
+        batch.set_link(link.index, name, interface.mtu, true);
         for (address, prefix) in &interface.addresses {
             batch.add_address(link.index, *address, *prefix);
         }

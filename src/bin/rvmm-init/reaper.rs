@@ -25,9 +25,16 @@ pub fn run(mut arguments: impl Iterator<Item = OsString>) -> i32 {
         return NOT_STARTED;
     }
     let (Some(path), Some(name)) = (arguments.next(), arguments.next()) else { return NOT_STARTED };
-    // The child's mask and handlers are the standard ones again.
-    let child = match Command::new(path).arg0(name).args(arguments).spawn() {
-        Ok(child) => child.id() as i32,
+    let child = match system::fork() {
+        Ok(Some(child)) => child,
+        Ok(None) => {
+            let error = match SigSet::empty().thread_set_mask() {
+                Ok(()) => Command::new(path).arg0(name).args(arguments).exec(),
+                Err(error) => error.into(),
+            };
+            eprintln!("{error}");
+            system::exit(NOT_STARTED)
+        }
         Err(error) => {
             eprintln!("{error}");
             return NOT_STARTED;

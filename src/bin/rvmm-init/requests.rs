@@ -344,7 +344,10 @@ impl Agent {
             return Err(container.wrong_state());
         }
         container.deleting.push(by);
-        container.cgroup.kill();
+        // What has a namespace of its own has ended with its first process.
+        if !container.is_at_rest() || container.spec.namespaces.pid != Namespace::Own {
+            container.cgroup.kill();
+        }
         // Nobody is to hold it up by not reading.
         self.forget_streams(id, None);
         Ok(())

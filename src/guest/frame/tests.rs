@@ -12,8 +12,8 @@ fn message_comes_back_as_it_was() {
     let frame = encode(&request(7, "share"), 100).unwrap();
     let mut assembler = Assembler::new(100);
     assembler.extend(&frame);
-    assert_eq!(assembler.next::<ToAgent>().unwrap(), Some(request(7, "share")));
-    assert_eq!(assembler.next::<ToAgent>().unwrap(), None);
+    assert_eq!(assembler.take::<ToAgent>().unwrap(), Some(request(7, "share")));
+    assert_eq!(assembler.take::<ToAgent>().unwrap(), None);
     assert!(!assembler.is_within_frame());
 }
 
@@ -25,7 +25,7 @@ fn frames_in_pieces_and_in_one_piece_are_the_same() {
         let mut ids = vec![];
         for part in bytes.chunks(piece) {
             assert!(assembler.fill(&mut &*part).unwrap() > 0);
-            while let Some(message) = assembler.next::<ToAgent>().unwrap() {
+            while let Some(message) = assembler.take::<ToAgent>().unwrap() {
                 ids.push(message.id);
             }
         }
@@ -37,7 +37,7 @@ fn frames_in_pieces_and_in_one_piece_are_the_same() {
 fn frame_that_is_too_long_is_refused_before_it_is_there() {
     let mut assembler = Assembler::new(100);
     assembler.extend(&101u32.to_le_bytes());
-    assert!(matches!(assembler.next::<ToAgent>(), Err(Error::TooLong { len: 101, max: 100 })));
+    assert!(matches!(assembler.take::<ToAgent>(), Err(Error::TooLong { len: 101, max: 100 })));
     assert!(matches!(encode(&request(1, &"x".repeat(200)), 100), Err(Error::TooLong { .. })));
 }
 
@@ -45,7 +45,7 @@ fn frame_that_is_too_long_is_refused_before_it_is_there() {
 fn promised_length_takes_no_memory() {
     let mut assembler = Assembler::new(REQUEST_BYTES_MAX);
     assembler.extend(&(REQUEST_BYTES_MAX as u32).to_le_bytes());
-    assert!(assembler.next::<ToAgent>().unwrap().is_none());
+    assert!(assembler.take::<ToAgent>().unwrap().is_none());
     assert!(assembler.bytes.capacity() < 64 << 10);
 }
 
@@ -53,7 +53,7 @@ fn promised_length_takes_no_memory() {
 fn large_frame_leaves_no_large_buffer() {
     let mut assembler = Assembler::new(REQUEST_BYTES_MAX);
     assembler.extend(&encode(&request(1, &"x".repeat(1 << 20)), REQUEST_BYTES_MAX).unwrap());
-    assert!(assembler.next::<ToAgent>().unwrap().is_some());
+    assert!(assembler.take::<ToAgent>().unwrap().is_some());
     assert!(assembler.bytes.capacity() <= CHUNK_BYTES);
 }
 
@@ -105,7 +105,7 @@ proptest! {
         let mut assembler = Assembler::new(64);
         for part in bytes.chunks(5) {
             assembler.extend(part);
-            while let Ok(Some(_)) = assembler.next::<ToAgent>() {}
+            while let Ok(Some(_)) = assembler.take::<ToAgent>() {}
         }
     }
 
