@@ -73,7 +73,7 @@ impl Connection {
 
     /// The next event that has come already.
     pub fn buffered_event(&mut self) -> Result<Option<Event>, Error> {
-        Ok(self.assembler.next()?)
+        Ok(self.assembler.take()?)
     }
 
     /// Takes what has come, and waits if there is nothing.

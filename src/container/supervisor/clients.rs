@@ -46,7 +46,7 @@ impl Client {
 
     /// The next request that has come whole.
     pub fn next_request(&mut self) -> Option<Request> {
-        match self.assembler.next() {
+        match self.assembler.take() {
             Ok(request) => request,
             // Whoever sends nonsense is no client.
             Err(_) => {
