@@ -10,6 +10,7 @@ mod block;
 mod boot;
 mod cli;
 mod console;
+mod container;
 mod fs;
 mod image;
 mod linux;
