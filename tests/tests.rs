@@ -22,4 +22,5 @@ mod support;
 mod terminal;
 mod tidy;
 mod vectors;
+mod verbs;
 mod vsock;
