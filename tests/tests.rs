@@ -24,4 +24,5 @@ mod support;
 mod terminal;
 mod tidy;
 mod vectors;
+mod verbs;
 mod vsock;

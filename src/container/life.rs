@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use super::backend::WindowSize;
 use super::client::{self, Connection};
-use super::records::{self, Record, Records, short};
+use super::config::ContainerConfig;
+use super::records::{self, Records, short};
 use super::supervisor::protocol::{Event, Request};
 use super::{fork, prepare, supervisor};
 
@@ -37,6 +38,15 @@ pub enum Error {
     /// It does not run.
     #[error("container {id} is not running", id = short(.0))]
     NotRunning(String),
+    /// Its files are not what rvmm writes.
+    #[error("container {id} is damaged; rm --force removes it", id = short(.id))]
+    Damaged {
+        /// The container.
+        id: String,
+        /// What could not be read.
+        #[source]
+        source: records::Error,
+    },
     /// The supervisor could not be started.
     #[error("cannot start a supervisor")]
     Fork(#[source] io::Error),
@@ -116,13 +126,18 @@ pub fn stop(records: &Records, id: &str, signal: i32, timeout: Option<Duration>)
     Ok(())
 }
 
-/// Removes a container; with `force` also one that runs. Returns what it was.
-pub fn remove(records: &Records, id: &str, force: bool) -> Result<Record, Error> {
+/// Removes a container; with `force` also one that runs, or whose files are damaged. Returns what it was, as far as that can
+/// be read.
+pub fn remove(records: &Records, id: &str, force: bool) -> Result<Option<ContainerConfig>, Error> {
     let life = match records.take_life(id)? {
         Some(life) => life,
         None => {
             // One whose end was just reported may be about to let go.
-            let live = records.read(id)?.state.status.is_live();
+            let live = match records.read(id) {
+                Ok(record) => record.state.status.is_live(),
+                Err(_) if force => true,
+                Err(error) => return Err(error.into()),
+            };
             if live && !force {
                 return Err(Error::Running(id.into()));
             }
@@ -135,12 +150,25 @@ pub fn remove(records: &Records, id: &str, force: bool) -> Result<Record, Error>
             }
         }
     };
-    // Removed by itself meanwhile, with --rm.
-    let record = records.read(id)?;
-    prepare::clear(records, &record.config)?;
-    prepare::remove(records, &record.config)?;
+    let config = match records.read(id) {
+        Ok(record) => Some(record.config),
+        // Removed by itself meanwhile, with --rm.
+        Err(error) if !records.roots().container(id).exists() => return Err(error.into()),
+        Err(_) if force => records.salvage(id),
+        Err(error) => return Err(Error::Damaged { id: id.into(), source: error }),
+    };
+    let removed = config.as_ref().map(|config| {
+        prepare::clear(records, config)?;
+        prepare::remove(records, config)
+    });
+    match removed {
+        Some(Ok(())) => {}
+        // A configuration that can be read may still name what is not there any more.
+        Some(Err(error)) if !force => return Err(error.into()),
+        _ => prepare::remove_damaged(records, id)?,
+    }
     drop(life);
-    Ok(record)
+    Ok(config)
 }
 
 fn wait_for_life(records: &Records, id: &str) -> Result<Option<super::files::Lock>, Error> {

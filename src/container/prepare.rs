@@ -396,7 +396,11 @@ pub fn clear(records: &Records, config: &ContainerConfig) -> Result<(), Error> {
         microvm::leave(&sandbox, &config.id)?;
     }
     if run.is_dir() {
-        Native::new(&run).delete()?;
+        if let Err(error) = Native::new(&run).delete() {
+            // Its record is damaged, say; what it has is where every container has it.
+            tracing::debug!("{}", crate::error_chain(&error));
+            native::clear_away(&run, &native::cgroup_path(&config.id))?;
+        }
         for name in ["image", "rootfs"] {
             native::unmount(&run.join(name))?;
         }
@@ -422,6 +426,43 @@ pub fn remove(records: &Records, config: &ContainerConfig) -> Result<(), Error> 
     let store = Store::open(&roots.images())?;
     store.release(&parsed(&config.image_id)?, &config.id)?;
     Ok(records.remove(&config.id)?)
+}
+
+/// Takes away and forgets a container whose files cannot be read: what every container may have had is looked for. What
+/// cannot be cleared is a warning where leaving it harms nobody, since nothing else would ever remove the container.
+pub fn remove_damaged(records: &Records, id: &str) -> Result<(), Error> {
+    let roots = records.roots();
+    let warn = |error: &dyn std::error::Error| tracing::warn!("{}", crate::error_chain(error));
+    let sandboxes = roots.run.join("sandboxes");
+    let entries = fs::read_dir(&sandboxes).into_iter().flatten().flatten();
+    let own = roots.sandbox(id);
+    // It may have been in another container's.
+    let joined = entries.map(|entry| entry.path()).filter(|place| place.join("users").join(id).exists());
+    for sandbox in joined.collect::<Vec<_>>() {
+        microvm::leave(&sandbox, id)?;
+    }
+    let run = roots.container_run(id);
+    native::clear_away(&run, &native::cgroup_path(id))?;
+    for name in ["image", "rootfs"] {
+        native::unmount(&run.join(name))?;
+    }
+    if let Err(error) = Networks::new(&roots.data, &roots.run).teardown(id) {
+        warn(&error);
+    }
+    if own.is_dir() {
+        netns::delete(&own.join("netns"))?;
+        if microvm::leave(&own, id)? {
+            files::remove_tree(&own)?;
+        }
+    }
+    if let Err(error) = Volumes::new(&roots.data).release(id, false) {
+        warn(&error);
+    }
+    let store = Store::open(&roots.images())?;
+    for image in store.images()? {
+        store.release(&image.id, id)?;
+    }
+    Ok(records.remove(id)?)
 }
 
 /// Removes the volumes of a removed container that nobody has named, and nobody else uses.

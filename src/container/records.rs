@@ -154,6 +154,25 @@ impl Records {
         Ok(records)
     }
 
+    /// The ids of containers whose files cannot be read, and why.
+    pub fn damaged(&self) -> Result<Vec<(String, Error)>, Error> {
+        let ids = self.ids()?.into_iter();
+        let read = |id: String| match self.read(&id) {
+            Ok(_) => None,
+            // Removed meanwhile.
+            Err(_) if !self.roots.container(&id).exists() => None,
+            Err(error) => Some((id, error)),
+        };
+        Ok(ids.filter_map(read).collect())
+    }
+
+    /// What can still be read of a container's configuration.
+    pub fn salvage(&self, id: &str) -> Option<ContainerConfig> {
+        let config: ContainerConfig = files::read_json(&self.roots.container(id).join("config.json")).ok()?;
+        // It tells which places are cleared: another's must not be.
+        (config.id == id).then_some(config)
+    }
+
     fn ids(&self) -> Result<Vec<String>, Error> {
         let place = self.roots.containers();
         let entries = fs::read_dir(&place).map_err(host("read", &place))?;

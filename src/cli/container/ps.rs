@@ -48,6 +48,11 @@ pub fn run(arguments: &PsArguments, records: &Records) -> anyhow::Result<ExitCod
             found.push(record);
         }
     }
+    // What nothing is known of but that it is there, and can be removed.
+    let damaged = match arguments.filter.is_empty() && arguments.last.is_none() {
+        true => records.damaged()?,
+        false => vec![],
+    };
     found.truncate(arguments.last.unwrap_or(usize::MAX));
     let id = |record: &Record| match arguments.no_trunc {
         true => record.config.id.clone(),
@@ -55,6 +60,9 @@ pub fn run(arguments: &PsArguments, records: &Records) -> anyhow::Result<ExitCod
     };
     if arguments.quiet {
         found.iter().for_each(|record| println!("{}", id(record)));
+        for (id, _) in &damaged {
+            println!("{}", if arguments.no_trunc { id } else { short(id) });
+        }
         return Ok(ExitCode::SUCCESS);
     }
     let now = now_ns();
@@ -86,6 +94,17 @@ pub fn run(arguments: &PsArguments, records: &Records) -> anyhow::Result<ExitCod
             );
         } else {
             rows.push(row.to_vec());
+        }
+    }
+    for (id, _) in &damaged {
+        let id = if arguments.no_trunc { id } else { short(id) };
+        if arguments.format == Format::Json {
+            println!("{}", json!({"ID": id, "Status": "Damaged", "State": "damaged"}));
+        } else {
+            let mut row = vec![String::new(); 8];
+            row[0] = id.to_owned();
+            row[4] = "Damaged".into();
+            rows.push(row);
         }
     }
     if arguments.format == Format::Table {

@@ -62,7 +62,7 @@ pub struct WaitArguments {
 /// Remove containers
 #[derive(clap::Args)]
 pub struct RmArguments {
-    /// Also those that run
+    /// Also those that run, or whose files are damaged
     #[arg(short, long)]
     force: bool,
     /// Also the volumes without a name of their own
@@ -144,8 +144,8 @@ pub fn wait(arguments: &WaitArguments, records: &Records) -> anyhow::Result<Exit
 pub fn rm(arguments: &RmArguments, records: &Records) -> anyhow::Result<ExitCode> {
     super::each(records, &arguments.containers, |id| {
         let removed = life::remove(records, id, arguments.force)?;
-        if arguments.volumes {
-            crate::container::prepare::remove_own_volumes(records, &removed.config)?;
+        if let Some(config) = removed.filter(|_| arguments.volumes) {
+            crate::container::prepare::remove_own_volumes(records, &config)?;
         }
         Ok(())
     })

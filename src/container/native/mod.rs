@@ -113,6 +113,25 @@ pub fn unmount(target: &Path) -> Result<(), Error> {
         .map_err(|source| Error::failed(format!("cannot unmount {target:?}"), source))
 }
 
+/// Takes away what a container has on the host when its own record of that cannot be read: everything in its control group,
+/// its mounts and its files at run time. `directory` is its bundle's. What is not there is no error.
+pub fn clear_away(directory: &Path, cgroup: &Path) -> Result<(), Error> {
+    let cgroup = Cgroup::at(&Hierarchies::find()?, cgroup);
+    cgroup.kill()?;
+    cgroup.remove()?;
+    for name in [SECRETS, "rootfs"] {
+        unmount(&directory.join(name))?;
+    }
+    for file in [START_SOCKET, RECORD] {
+        let path = directory.join(file);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            result => result.map_err(|source| Error::failed(format!("cannot remove {path:?}"), source))?,
+        }
+    }
+    Ok(())
+}
+
 /// A process of `exec`, shared by the container and whoever asked for it.
 struct Running {
     child: sys::Child,
