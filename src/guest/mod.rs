@@ -2,6 +2,7 @@
 //! docs/agent.md describes both.
 
 pub mod client;
+pub mod devices;
 pub mod frame;
 pub mod protocol;
 pub mod spec;

@@ -24,7 +24,7 @@ pub struct ContainerSpec {
     /// Symbolic links, made after the devices: path and target.
     #[serde(deserialize_with = "list::<_, _, 256>")]
     pub links: Vec<(String, String)>,
-    /// Which devices the container may open and make: an eBPF program of type cgroup-device; empty for all.
+    /// Which devices the container may open and make: what [`super::devices::device_filter`] makes; empty for all.
     #[serde(with = "bytes")]
     pub device_filter: Vec<u8>,
     /// The container's first process.

@@ -1,6 +1,6 @@
 //! Processes: how they are started, and how they end.
 
-use rvmm::guest::protocol::{ExitStatus, FIRST_PROCESS, Failure, Target};
+use rvmm::guest::protocol::{ExitStatus, FIRST_PROCESS, Failure, ProcessInfo, Target};
 use rvmm::guest::spec::*;
 
 use super::rig::{Sandbox, failure};
@@ -135,9 +135,8 @@ pub fn processes_are_listed(sandbox: &mut Sandbox) {
     spec.process.user = User::Ids { uid: 5, gid: 6, groups: vec![] };
     let _streams = sandbox.start(&spec);
     let mut listed = vec![];
-    while listed.len() != 2
-        || listed.iter().any(|process: &rvmm::guest::protocol::ProcessInfo| process.command.starts_with("sh"))
-    {
+    let is_sleep = |process: &ProcessInfo| process.command.starts_with("sleep");
+    while listed.len() != 2 || !listed.iter().all(is_sleep) {
         listed = sandbox.client.processes(&spec.id).unwrap();
     }
     let first = listed.iter().find(|process| process.inner_pid == 1).unwrap();

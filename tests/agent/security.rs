@@ -1,5 +1,6 @@
 //! What a container cannot do.
 
+use rvmm::guest::devices::{DeviceKind, DeviceRule, device_filter};
 use rvmm::guest::protocol::ExitStatus;
 use rvmm::guest::spec::*;
 
@@ -114,11 +115,18 @@ pub fn images_cannot_lead_out(sandbox: &mut Sandbox) {
 }
 
 pub fn devices_are_filtered(sandbox: &mut Sandbox) {
-    // r0 = 0; exit: no device at all.
-    let none = vec![0xb7, 0, 0, 0, 0, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0];
+    let allow = |kind, major, access| DeviceRule { allow: true, kind, major, minor: None, access };
+    let rules = [
+        allow(DeviceKind::Any, None, DeviceRule::MAKE),
+        allow(DeviceKind::Character, Some(1), DeviceRule::READ | DeviceRule::WRITE),
+    ];
     let script =
         "(mknod /tmp/vda b 254 0 && dd if=/tmp/vda of=/dev/null count=1) 2>/dev/null || echo refused";
-    assert_eq!(sandbox.run_shell(script, |spec| spec.device_filter = none).output(), "refused");
+    let filtered = |spec: &mut ContainerSpec| spec.device_filter = device_filter(&rules);
+    assert_eq!(sandbox.run_shell(script, filtered).output(), "refused");
+    let script = "echo x >/dev/null && head -c1 /dev/zero | wc -c; true </dev/tty || echo refused";
+    assert_eq!(sandbox.run_shell(script, filtered).stdout, "1\nrefused\n");
+    let script = "mknod /tmp/vda b 254 0 && dd if=/tmp/vda of=/dev/null count=1 2>/dev/null";
     assert_eq!(sandbox.run_shell(script, |_| {}).output(), "");
 }
 
