@@ -57,7 +57,7 @@ enum MonitorCommand {
 #[derive(Subcommand)]
 enum Command {
     #[command(flatten)]
-    Container(container::ContainerCommand),
+    Container(Box<container::ContainerCommand>),
     #[command(flatten)]
     Image(image::ImageCommand),
     #[command(subcommand)]
