@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    Capability, Linux, LinuxCapabilities, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount,
-    PosixRlimitType, Process, Spec,
+    Capability, Linux, LinuxCapabilities, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespaceType,
+    LinuxResources, Mount, PosixRlimitType, Process, Spec,
 };
 
 use crate::container::backend::Error;
 use crate::container::spec::{compile_seccomp, load_flags};
+use crate::guest::devices::{DeviceKind, DeviceRule, device_filter};
 use crate::guest::spec::{
     self as agent, Capabilities, ContainerSpec, Limits, Namespace, Namespaces, ProcessSpec, Rlimit, Seccomp,
     Source, Stdio, User,
@@ -112,7 +113,7 @@ pub fn container(id: &str, spec: &Spec, files: &Path, reaper: bool) -> Result<Tr
         mounts,
         devices,
         links: agent::default_links(),
-        device_filter: vec![],
+        device_filter: linux.resources().as_ref().map(device_rules).unwrap_or_default(),
         process: self::process(process, &linux)?,
         namespaces: namespaces(&linux),
         hostname: spec.hostname().clone(),
@@ -186,6 +187,30 @@ fn device(device: &oci_spec::runtime::LinuxDevice) -> Result<agent::Device, Erro
         uid: device.uid().unwrap_or(0),
         gid: device.gid().unwrap_or(0),
     })
+}
+
+/// Which devices may be opened and made, as a program; empty where nothing is said.
+fn device_rules(resources: &LinuxResources) -> Vec<u8> {
+    let rules: Vec<DeviceRule> = resources.devices().iter().flatten().map(device_rule).collect();
+    if rules.is_empty() { vec![] } else { device_filter(&rules) }
+}
+
+fn device_rule(rule: &LinuxDeviceCgroup) -> DeviceRule {
+    // A negative number means any.
+    let number = |number: Option<i64>| number.and_then(|number| u32::try_from(number).ok());
+    let letters = rule.access().as_deref().unwrap_or("rwm");
+    let bit = |letter, bit| if letters.contains(letter) { bit } else { 0 };
+    DeviceRule {
+        allow: rule.allow(),
+        kind: match rule.typ() {
+            Some(LinuxDeviceType::B) => DeviceKind::Block,
+            Some(LinuxDeviceType::C | LinuxDeviceType::U) => DeviceKind::Character,
+            _ => DeviceKind::Any,
+        },
+        major: number(rule.major()),
+        minor: number(rule.minor()),
+        access: bit('m', DeviceRule::MAKE) | bit('r', DeviceRule::READ) | bit('w', DeviceRule::WRITE),
+    }
 }
 
 /// Translates a process; its streams are set by the caller.
