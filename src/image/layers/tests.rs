@@ -304,6 +304,12 @@ fn hostile_archives_are_refused_and_write_nothing_outside() {
         ("root as file", Archive::new().file("./", "x").symlink("/", "/etc"), "root"),
         ("whiteout of nothing", Archive::new().file(".wh.", ""), "deletes nothing"),
         ("whiteout of the parent", Archive::new().file("d/.wh...", ""), "deletes nothing"),
+        ("directory like a whiteout", Archive::new().file("d/.wh.x/f", ""), "name of a whiteout"),
+        (
+            "the same behind a link",
+            Archive::new().symlink("l", ".wh.x").file("l/f", ""),
+            "name of a whiteout",
+        ),
         (
             "whiteout as device",
             Archive::new().entry(EntryType::Char, b"f", b"", b"", whiteout, &[]),

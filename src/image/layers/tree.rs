@@ -14,6 +14,7 @@ use std::path::Path;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 
+use super::unpack::WHITEOUT;
 use super::{Error, Rights, attributes};
 
 /// Links followed for one name, as the kernel has it.
@@ -223,6 +224,9 @@ impl Tree {
             directory = match open_directory(directory.as_fd(), &step.name) {
                 Ok(directory) => directory,
                 Err(Errno::NOENT | Errno::NOTDIR) => {
+                    if step.name.starts_with(WHITEOUT) {
+                        return Err(Error::entry(name, "its directory has the name of a whiteout"));
+                    }
                     let made = self.make_directory(directory.as_fd(), &step.name).map_err(&failed)?;
                     if let Some(below) = step.layers.iter().find(|index| **index != 0) {
                         let below =

@@ -90,7 +90,7 @@ fuzz_target!(|input: &[u8]| {
                 assert!(packed == twice, "another archive comes of what was unpacked");
             }
             // A name that is one of a whiteout cannot come of an archive.
-            Err(Error::Entry { .. }) => panic!("an unpacked layer cannot be packed"),
+            Err(error @ Error::Entry { .. }) => panic!("an unpacked layer cannot be packed: {error}"),
             Err(error) => panic!("{error}"),
         }
     }
