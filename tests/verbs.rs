@@ -1,6 +1,7 @@
 //! Verbs on containers, through the command line. They need root and a statically linked busybox.
 
 mod damage;
+mod files;
 
 use std::fs;
 use std::io::Write;

@@ -1,5 +1,6 @@
 //! Containers: one image and one configuration, natively or in a microVM.
 
+pub mod archive;
 pub mod backend;
 pub mod client;
 pub mod config;

@@ -364,22 +364,39 @@ pub fn open(records: &Records, record: &Record) -> Result<Box<dyn Backend>, Erro
     let spec: Spec = files::read_json(&run.join("spec.json"))?;
     Ok(match config.isolation {
         Isolation::Native => Box::new(Native::open(&run, spec)?),
-        Isolation::Microvm => {
-            let (id, own) = match &config.network.mode {
-                NetworkMode::Container(id) => (id, false),
-                _ => (&config.id, true),
-            };
-            let place = Place {
-                sandbox: roots.sandbox(id),
-                own,
-                netns: None,
-                interfaces: vec![],
-                layers: vec![],
-                writable: PathBuf::new(),
-            };
-            Box::new(Microvm::open(&config.id, place, spec)?)
-        }
+        Isolation::Microvm => Box::new(open_microvm_with(records, config, spec)?),
     })
+}
+
+/// A container that runs in a microVM, for what only those can do.
+pub fn open_microvm(records: &Records, config: &ContainerConfig) -> Result<Microvm, Error> {
+    let spec: Spec = files::read_json(&records.roots().container_run(&config.id).join("spec.json"))?;
+    open_microvm_with(records, config, spec)
+}
+
+fn open_microvm_with(records: &Records, config: &ContainerConfig, spec: Spec) -> Result<Microvm, Error> {
+    let roots = records.roots();
+    let (id, own) = match &config.network.mode {
+        NetworkMode::Container(id) => (id, false),
+        _ => (&config.id, true),
+    };
+    let place = Place {
+        sandbox: roots.sandbox(id),
+        own,
+        netns: None,
+        interfaces: vec![],
+        layers: vec![],
+        writable: PathBuf::new(),
+    };
+    Ok(Microvm::open(&config.id, place, spec)?)
+}
+
+/// The image that a container stands on, and its unpacked layers, the bottom one first.
+pub fn image_of(records: &Records, config: &ContainerConfig) -> Result<(Store, Image, Vec<PathBuf>), Error> {
+    let store = Store::open(&records.roots().images())?;
+    let image = store.image(&parsed(&config.image_id)?)?;
+    let layers = store.layer_dirs(&image)?;
+    Ok((store, image, layers))
 }
 
 /// Takes away what a container has left on the host, but not what it keeps: its configuration, log and writable layer.

@@ -1,12 +1,16 @@
 //! Containers on the command line, as users of Docker know it.
 
+mod commit;
 mod configure;
+mod cp;
+mod diff;
 mod exec;
 mod format;
 mod inspect;
 mod logs;
 mod names;
 mod options;
+mod prune;
 mod ps;
 mod run;
 mod session;
@@ -44,6 +48,25 @@ pub enum ContainerCommand {
     Port(inspect::PortArguments),
     Stats(stats::StatsArguments),
     Top(stats::TopArguments),
+    Cp(cp::CpArguments),
+    Commit(commit::CommitArguments),
+    Diff(diff::DiffArguments),
+    #[command(subcommand)]
+    Container(ManageCommand),
+}
+
+/// Manage containers
+#[derive(clap::Subcommand)]
+pub enum ManageCommand {
+    #[command(alias = "list", alias = "ps")]
+    Ls(ps::PsArguments),
+    #[command(alias = "remove")]
+    Rm(stop::RmArguments),
+    Inspect(inspect::InspectArguments),
+    Cp(cp::CpArguments),
+    Commit(commit::CommitArguments),
+    Diff(diff::DiffArguments),
+    Prune(prune::PruneArguments),
 }
 
 /// Runs one of them.
@@ -62,19 +85,25 @@ pub fn run(command: &ContainerCommand) -> anyhow::Result<ExitCode> {
         Restart(arguments) => start::restart(arguments, &records),
         Attach(arguments) => start::attach(arguments, &records),
         Exec(arguments) => exec::run(arguments, &records),
-        Ps(arguments) => ps::run(arguments, &records),
+        Ps(arguments) | Container(ManageCommand::Ls(arguments)) => ps::run(arguments, &records),
         Logs(arguments) => logs::run(arguments, &records),
         Stop(arguments) => stop::stop(arguments, &records),
         Kill(arguments) => stop::kill(arguments, &records),
         Pause(arguments) => stop::pause(arguments, &records),
         Unpause(arguments) => stop::unpause(arguments, &records),
         Wait(arguments) => stop::wait(arguments, &records),
-        Rm(arguments) => stop::rm(arguments, &records),
+        Rm(arguments) | Container(ManageCommand::Rm(arguments)) => stop::rm(arguments, &records),
         Rename(arguments) => stop::rename(arguments, &records),
-        Inspect(arguments) => inspect::run(arguments, &records),
+        Inspect(arguments) | Container(ManageCommand::Inspect(arguments)) => {
+            inspect::run(arguments, &records)
+        }
         Port(arguments) => inspect::port(arguments, &records),
         Stats(arguments) => stats::stats(arguments, &records),
         Top(arguments) => stats::top(arguments, &records),
+        Cp(arguments) | Container(ManageCommand::Cp(arguments)) => cp::run(arguments, &records),
+        Commit(arguments) | Container(ManageCommand::Commit(arguments)) => commit::run(arguments, &records),
+        Diff(arguments) | Container(ManageCommand::Diff(arguments)) => diff::run(arguments, &records),
+        Container(ManageCommand::Prune(arguments)) => prune::run(arguments, &records),
     }
 }
 

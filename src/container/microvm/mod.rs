@@ -20,7 +20,7 @@ use crate::container::backend::{
 use crate::container::config::{ContainerConfig, Limits};
 use crate::container::network::{Interface, TapPlug};
 use crate::guest::client::{self, Client};
-use crate::guest::protocol::{self, Event, FIRST_PROCESS, Failure, Target};
+use crate::guest::protocol::{self, Event, FIRST_PROCESS, Failure, FileInfo, Target};
 use crate::guest::spec::{self as agent, ProcessSpec, Root, Stdio, Upper, Volume};
 use crate::vm::config::{Disk, DiskPart as Part, Mac, Net, Size, VmConfig};
 
@@ -200,6 +200,32 @@ impl Microvm {
                 Err(error) => return Err(Error::failed("the microVM's agent", error)),
             }
         }
+    }
+}
+
+/// Files of a container that runs.
+impl Microvm {
+    /// What a path in the container is.
+    pub fn stat_path(&mut self, path: &str, follow: bool) -> Result<Option<FileInfo>, Error> {
+        let id = self.id.clone();
+        match self.client()?.stat_path(&id, path, follow) {
+            Err(client::Error::Failed(Failure::System { errno: libc::ENOENT | libc::ENOTDIR, .. })) => {
+                Ok(None)
+            }
+            result => result.map(Some).map_err(agent_error("look at a file")),
+        }
+    }
+
+    /// Writes a path of the container to `to`, as a tar archive with its last component as the name.
+    pub fn read_archive(&mut self, path: &str, mut to: impl io::Write) -> Result<(), Error> {
+        let id = self.id.clone();
+        self.client()?.read_archive(&id, path, &mut to).map_err(agent_error("copy out of the container"))
+    }
+
+    /// Unpacks a tar archive from `from` into a directory of the container.
+    pub fn write_archive(&mut self, path: &str, mut from: impl io::Read) -> Result<(), Error> {
+        let id = self.id.clone();
+        self.client()?.write_archive(&id, path, &mut from).map_err(agent_error("copy into the container"))
     }
 }
 

@@ -107,6 +107,16 @@ fn mount(layers: &[PathBuf], writable: &Path, target: &Path, volatile: bool) -> 
     })
 }
 
+/// Puts layers together under a writable directory that is kept, to be looked at or changed without a container. What comes
+/// back is the root directory; the mount is at no place, and ends with the last descriptor of it.
+pub fn open_layers(layers: &[PathBuf], writable: &Path, place: &Path) -> Result<OwnedFd, Error> {
+    unmount(place)?;
+    mount(layers, writable, place, false)?;
+    let opened = fs::File::open(place).map(OwnedFd::from);
+    unmount(place)?;
+    opened.map_err(|source| Error::failed(format!("cannot open {place:?}"), source))
+}
+
 /// Takes that away again; nothing happens if it is not there.
 pub fn unmount(target: &Path) -> Result<(), Error> {
     rootfs::unmount_and_remove(target)

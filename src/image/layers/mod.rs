@@ -20,11 +20,11 @@ mod unpack;
 
 pub use compression::{Compression, decompress, detect};
 pub use limits::Limits;
-pub use pack::{Packed, pack};
+pub use pack::{CopyOwner, Packed, pack, pack_directory, pack_file};
 pub use rights::Rights;
 pub use stream::{Entry, Kind, TarReader, Xattrs};
 pub use tree::remove_tree;
-pub use unpack::{Options, Unpacked, unpack};
+pub use unpack::{CopyTo, Options, Unpacked, unpack, unpack_copy};
 
 use std::io;
 

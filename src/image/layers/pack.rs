@@ -34,9 +34,52 @@ pub struct Packed {
 struct Packer<W> {
     to: W,
     rights: Rights,
+    /// For files that are no layer: nothing in them is overlayfs's, and they may get another owner.
+    copy: Option<CopyOwner>,
     packed: Packed,
     /// First names of files with several.
     names: HashMap<(u64, u64), Vec<u8>>,
+}
+
+/// Whose files are in a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyOwner {
+    /// As they are.
+    Kept,
+    /// Root's.
+    Root,
+}
+
+/// Writes a directory and all below it as `name`, as an archive for [`super::unpack_copy`].
+pub fn pack_directory(
+    directory: &OwnedFd,
+    name: &[u8],
+    owner: CopyOwner,
+    to: impl Write,
+) -> Result<(), Error> {
+    let mut packer = Packer::copying(owner, to);
+    let path = [name, b"/"].concat();
+    let failed = Error::file(&path, "read it");
+    let stat = rustix::fs::fstat(directory).map_err(&failed)?;
+    let xattrs = packer.xattrs(&path, attributes::list(directory.as_fd()).map_err(&failed)?)?;
+    packer.header(&path, &stat, EntryType::Directory, 0, b"", &xattrs)?;
+    packer.directory(directory, &path, 0)?;
+    packer.end()
+}
+
+/// Writes the file `file` of a directory as `name`; a link is written as one.
+pub fn pack_file(
+    parent: BorrowedFd<'_>,
+    file: &[u8],
+    name: &[u8],
+    owner: CopyOwner,
+    to: impl Write,
+) -> Result<(), Error> {
+    let mut packer = Packer::copying(owner, to);
+    let gone = || Error::entry(name, "it is not there any more");
+    let stat = tree::stat(parent, file).map_err(Error::file(name, "read it"))?.ok_or_else(gone)?;
+    packer.entry(parent, (b"", name), file, &stat, 0)?;
+    packer.end()
 }
 
 /// Writes the directory as a layer.
@@ -45,14 +88,24 @@ pub fn pack(directory: &Path, to: impl Write, rights: Rights) -> Result<Packed, 
     let root = File::open(directory).map_err(Error::io(name, "open it"))?;
     let root = OwnedFd::from(root);
     let stat = rustix::fs::fstat(&root).map_err(Error::file(name, "read it"))?;
-    let mut packer = Packer { to, rights, packed: Packed::default(), names: HashMap::new() };
+    let mut packer = Packer { to, rights, copy: None, packed: Packed::default(), names: HashMap::new() };
     packer.header(b"./", &stat, EntryType::Directory, 0, b"", &[])?;
     packer.directory(&root, b"", 0)?;
-    packer.to.write_all(&[0; 2 * BLOCK as usize]).map_err(Error::io(b"", "write the archive"))?;
+    packer.end()?;
     Ok(packer.packed)
 }
 
 impl<W: Write> Packer<W> {
+    fn copying(owner: CopyOwner, to: W) -> Self {
+        let (packed, names) = (Packed::default(), HashMap::new());
+        Self { to, rights: Rights::detect(), copy: Some(owner), packed, names }
+    }
+
+    fn end(&mut self) -> Result<(), Error> {
+        let end = [0; 2 * BLOCK as usize];
+        self.to.write_all(&end).and_then(|()| self.to.flush()).map_err(Error::io(b"", "write the archive"))
+    }
+
     fn directory(&mut self, directory: &OwnedFd, path: &[u8], depth: usize) -> Result<(), Error> {
         let failed = Error::file(path, "read it");
         if depth > DEPTH_MAX {
@@ -69,7 +122,7 @@ impl<W: Write> Packer<W> {
         for name in names {
             // Gone since the names were read: the container is still running.
             let Some(stat) = tree::stat(directory.as_fd(), &name).map_err(&failed)? else { continue };
-            self.entry(directory.as_fd(), path, &name, &stat, depth)?;
+            self.entry(directory.as_fd(), (path, &name), &name, &stat, depth)?;
         }
         Ok(())
     }
@@ -77,17 +130,17 @@ impl<W: Write> Packer<W> {
     fn entry(
         &mut self,
         parent: BorrowedFd<'_>,
-        directory: &[u8],
+        (directory, as_name): (&[u8], &[u8]),
         name: &[u8],
         stat: &Stat,
         depth: usize,
     ) -> Result<(), Error> {
-        let path = [directory, name].concat();
+        let path = [directory, as_name].concat();
         let failed = Error::file(&path, "read it");
-        if name.starts_with(WHITEOUT) {
+        if self.copy.is_none() && name.starts_with(WHITEOUT) {
             return Err(Error::entry(&path, "a name that begins with .wh. would delete something"));
         }
-        if is_whiteout(stat) {
+        if self.copy.is_none() && is_whiteout(stat) {
             return self.whiteout(&[directory, WHITEOUT, name].concat());
         }
         let kind = FileType::from_raw_mode(stat.st_mode);
@@ -120,7 +173,7 @@ impl<W: Write> Packer<W> {
                 let xattrs = self.xattrs(&path, all)?;
                 let path = [path.as_slice(), b"/"].concat();
                 self.header(&path, stat, EntryType::Directory, 0, b"", &xattrs)?;
-                if is_opaque {
+                if is_opaque && self.copy.is_none() {
                     self.whiteout(&[path.as_slice(), OPAQUE].concat())?;
                 }
                 self.directory(&inner, &path, depth + 1)
@@ -152,7 +205,7 @@ impl<W: Write> Packer<W> {
             let overlay =
                 name.strip_prefix(b"trusted.overlay.").or_else(|| name.strip_prefix(b"user.overlay."));
             match overlay {
-                Some(b"redirect" | b"metacopy") => {
+                Some(b"redirect" | b"metacopy") if self.copy.is_none() => {
                     return Err(Error::entry(
                         path,
                         "overlayfs keeps a part of it elsewhere (redirect_dir or metacopy)",
@@ -196,8 +249,12 @@ impl<W: Write> Packer<W> {
             value.min(max)
         };
         header.set_size(number(b"size", size, OCTAL_SIZE_MAX));
-        header.set_uid(number(b"uid", stat.st_uid.into(), OCTAL_ID_MAX.into()));
-        header.set_gid(number(b"gid", stat.st_gid.into(), OCTAL_ID_MAX.into()));
+        let (uid, gid) = match self.copy {
+            Some(CopyOwner::Root) => (0, 0),
+            _ => (stat.st_uid, stat.st_gid),
+        };
+        header.set_uid(number(b"uid", uid.into(), OCTAL_ID_MAX.into()));
+        header.set_gid(number(b"gid", gid.into(), OCTAL_ID_MAX.into()));
         let seconds = u64::try_from(stat.st_mtime).unwrap_or(0).min(OCTAL_SIZE_MAX);
         header.set_mtime(seconds);
         if stat.st_mtime < 0 || stat.st_mtime_nsec != 0 {

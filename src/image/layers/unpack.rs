@@ -54,7 +54,20 @@ pub struct Unpacked {
 /// The parts of a name, the directory that they lead to, and its parts without links.
 type Parent = (Parts, Rc<OwnedFd>, Parts);
 
+/// Where a copy is put, below a root that is there already.
+#[derive(Clone, Debug, Default)]
+pub struct CopyTo {
+    /// The directory, relative to the root. It is there already.
+    pub directory: Vec<u8>,
+    /// What the first part of each name becomes; `None` takes it away, so that what a directory has is put there.
+    pub name: Option<Vec<u8>>,
+    /// Whether names are as the archive has them, whatever `name` says.
+    pub verbatim: bool,
+}
+
 struct Unpacker {
+    /// For what is no layer: names are elsewhere, and none means that something is deleted.
+    copy: Option<CopyTo>,
     tree: Tree,
     options: Options,
     unpacked: Unpacked,
@@ -73,6 +86,18 @@ pub fn unpack(
     below: &[&Path],
     options: Options,
 ) -> Result<Unpacked, Error> {
+    run(stream, Tree::open(directory, below, options.rights)?, None, options)
+}
+
+/// Unpacks an archive of copied files below `root`, a directory that may have anything in it. Links in it are followed
+/// on the way to an entry, as by a process that has it as its root.
+pub fn unpack_copy(stream: impl Read, root: &Path, to: CopyTo, rights: Rights) -> Result<Unpacked, Error> {
+    let limits = Limits { bytes: u64::MAX, entries: u64::MAX, ratio: u64::MAX };
+    run(stream, Tree::open(root, &[], rights)?, Some(to), Options { limits, rights })
+}
+
+fn run(stream: impl Read, tree: Tree, copy: Option<CopyTo>, options: Options) -> Result<Unpacked, Error> {
+    let is_copy = copy.is_some();
     let compressed = Rc::new(Cell::new(0));
     let mut blob = Hashing::new(Counted { inner: stream, count: Rc::clone(&compressed) });
     let nothing = Unpacked {
@@ -83,19 +108,25 @@ pub fn unpack(
         skipped_devices: 0,
     };
     let mut unpacker = Unpacker {
-        tree: Tree::open(directory, below, options.rights)?,
+        tree,
+        copy,
         options,
         unpacked: nothing,
         names: 0,
         directories: BTreeMap::new(),
         parent: None,
     };
-    unpacker.tree.inherit_root().map_err(Error::file(b"/", "set the root's attributes"))?;
-    unpacker.take_implied()?;
+    if !is_copy {
+        unpacker.tree.inherit_root().map_err(Error::file(b"/", "set the root's attributes"))?;
+        unpacker.take_implied()?;
+    }
     let plain = compression::decompress(&mut blob).map_err(Error::Read)?;
     let limited = Limited { inner: plain, limits: options.limits, unpacked: 0, compressed };
     let mut reader = TarReader::new(Hashing::new(limited));
-    while let Some(entry) = reader.next_entry()? {
+    while let Some(mut entry) = reader.next_entry()? {
+        if !unpacker.copy.as_ref().is_none_or(|to| to.rename(&mut entry)) {
+            continue;
+        }
         unpacker.entry(&entry, &mut reader)?;
     }
     // What is behind the archive's end belongs to the digests.
@@ -109,12 +140,41 @@ pub fn unpack(
     Ok(Unpacked { blob: (digest, bytes), diff_id, ..unpacker.unpacked })
 }
 
+impl CopyTo {
+    /// Changes an entry's names; false if it is the directory that is there already.
+    fn rename(&self, entry: &mut Entry) -> bool {
+        let mut nothing = false;
+        let mut change = |name: &mut Vec<u8>| {
+            let mut parts: Vec<&[u8]> =
+                name.split(|b| *b == b'/').filter(|part| !part.is_empty() && *part != b".").collect();
+            if !self.verbatim {
+                // Of `.` there is no part to be taken away.
+                let first = usize::from(!parts.is_empty() && !name.starts_with(b"./"));
+                parts.drain(..first);
+                if let Some(new) = &self.name {
+                    parts.insert(0, new);
+                }
+            }
+            nothing |= parts.is_empty();
+            *name = [self.directory.as_slice(), &parts.join(&b'/')].join(&b'/');
+        };
+        change(&mut entry.name);
+        if entry.kind == Kind::HardLink {
+            change(&mut entry.link);
+        }
+        !nothing
+    }
+}
+
 impl Unpacker {
     fn entry(&mut self, entry: &Entry, reader: &mut TarReader<impl Read>) -> Result<(), Error> {
         self.count_entry()?;
         let mut parents = tree::parts(&entry.name)?;
         let Some(name) = parents.pop() else { return self.root(entry) };
         let (parent, path) = self.parent(&entry.name, &parents)?;
+        if self.copy.is_some() {
+            return self.place(entry, reader, &parent, &path, &name);
+        }
         if name == OPAQUE {
             return self
                 .tree
@@ -204,6 +264,15 @@ impl Unpacker {
         let failed = Error::file(&entry.name, "make it");
         let there = tree::stat(parent.as_fd(), name).map_err(&failed)?;
         let is_directory = |mode| FileType::from_raw_mode(mode) == FileType::Directory;
+        // A copy is not to remove a whole directory, or put one where somebody wants a file.
+        if let Some(stat) = there.filter(|_| self.copy.is_some())
+            && is_directory(stat.st_mode) != (entry.kind == Kind::Directory)
+        {
+            return Err(Error::entry(
+                &entry.name,
+                "a directory and something else are not copied over each other",
+            ));
+        }
         if entry.kind == Kind::Directory {
             let directory = match there {
                 Some(stat) if is_directory(stat.st_mode) => {
