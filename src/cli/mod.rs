@@ -93,6 +93,9 @@ pub fn monitor(timeline: Timeline) -> ExitCode {
 /// `rvmm-engine`: all subcommands. Errors are printed here.
 pub fn engine() -> ExitCode {
     let arguments = Arguments::<Command>::parse();
+    if arguments.command.is_some() {
+        logging::start(logging::LogLevel::Warn);
+    }
     let result = match arguments.command {
         None => boot::run(arguments.boot, Timeline::start()),
         Some(Command::Container(command)) => container::run(&command),

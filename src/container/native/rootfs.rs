@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat2};
@@ -37,8 +38,18 @@ pub(super) struct Overlay<'a> {
 /// of them have to go into one page of options; they are named by descriptors then, which is 4 to 6 bytes for each.
 pub(super) fn mount_overlay(overlay: &Overlay) -> io::Result<()> {
     let (upper, work) = (overlay.writable.join("upper"), overlay.writable.join("work"));
+    let is_new = !upper.exists();
     for directory in [overlay.target, &upper, &work] {
         std::fs::create_dir_all(directory)?;
+    }
+    if let (true, Some(top)) = (is_new, overlay.layers.last()) {
+        // An overlay's root has the attributes of its upper directory.
+        let of_image = std::fs::metadata(top)?;
+        let owned = std::os::unix::fs::chown(&upper, Some(of_image.uid()), Some(of_image.gid()));
+        if !overlay.user_namespace {
+            owned?;
+        }
+        std::fs::set_permissions(&upper, of_image.permissions())?;
     }
     if overlay.volatile {
         // The mark of one that was not unmounted; it keeps the kernel from mounting what may be half written.
