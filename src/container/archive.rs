@@ -195,8 +195,8 @@ impl Tree {
             Name::Archive => (None, true),
         };
         let copy_to = CopyTo { directory: relative, name, verbatim };
-        let unpacked = layers::unpack_copy(from, &root, copy_to, rights);
-        unpacked.map(drop).map_err(|source| Error::Archive { path: to.directory.clone(), source })
+        let unpacked = layers::unpack_copy(from, &root, &copy_to, rights);
+        unpacked.map_err(|source| Error::Archive { path: to.directory.clone(), source })
     }
 }
 

@@ -152,10 +152,12 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, "").unwrap();
         };
-        ["a/etc/old", "b/etc/new", "upper/etc/old", "upper/etc/new", "upper/etc/own"].map(make);
+        ["a/etc/old", "b/etc/new", "upper/etc/old", "upper/etc/new", "upper/etc/own"]
+            .into_iter()
+            .for_each(make);
         let layers = ["a", "b"].map(|name| directory.path().join(name));
         // A file in the place of a directory hides what is below.
-        ["a/opt/x/deep", "upper/opt/x/deep"].map(make);
+        ["a/opt/x/deep", "upper/opt/x/deep"].into_iter().for_each(make);
         make("b/opt/x");
         let mut changes = vec![];
         let failed = walk(&directory.path().join("upper"), Path::new(""), &layers, &mut changes);

@@ -67,7 +67,7 @@ pub struct CopyTo {
 
 struct Unpacker {
     /// For what is no layer: names are elsewhere, and none means that something is deleted.
-    copy: Option<CopyTo>,
+    is_copy: bool,
     tree: Tree,
     options: Options,
     unpacked: Unpacked,
@@ -86,47 +86,16 @@ pub fn unpack(
     below: &[&Path],
     options: Options,
 ) -> Result<Unpacked, Error> {
-    run(stream, Tree::open(directory, below, options.rights)?, None, options)
-}
-
-/// Unpacks an archive of copied files below `root`, a directory that may have anything in it. Links in it are followed
-/// on the way to an entry, as by a process that has it as its root.
-pub fn unpack_copy(stream: impl Read, root: &Path, to: CopyTo, rights: Rights) -> Result<Unpacked, Error> {
-    let limits = Limits { bytes: u64::MAX, entries: u64::MAX, ratio: u64::MAX };
-    run(stream, Tree::open(root, &[], rights)?, Some(to), Options { limits, rights })
-}
-
-fn run(stream: impl Read, tree: Tree, copy: Option<CopyTo>, options: Options) -> Result<Unpacked, Error> {
-    let is_copy = copy.is_some();
     let compressed = Rc::new(Cell::new(0));
     let mut blob = Hashing::new(Counted { inner: stream, count: Rc::clone(&compressed) });
-    let nothing = Unpacked {
-        blob: (Digest::of(b""), 0),
-        diff_id: Digest::of(b""),
-        bytes: 0,
-        entries: 0,
-        skipped_devices: 0,
-    };
-    let mut unpacker = Unpacker {
-        tree,
-        copy,
-        options,
-        unpacked: nothing,
-        names: 0,
-        directories: BTreeMap::new(),
-        parent: None,
-    };
-    if !is_copy {
-        unpacker.tree.inherit_root().map_err(Error::file(b"/", "set the root's attributes"))?;
-        unpacker.take_implied()?;
-    }
+    let tree = Tree::open(directory, below, options.rights)?;
+    let mut unpacker = Unpacker::new(tree, false, options);
+    unpacker.tree.inherit_root().map_err(Error::file(b"/", "set the root's attributes"))?;
+    unpacker.take_implied()?;
     let plain = compression::decompress(&mut blob).map_err(Error::Read)?;
     let limited = Limited { inner: plain, limits: options.limits, unpacked: 0, compressed };
     let mut reader = TarReader::new(Hashing::new(limited));
-    while let Some(mut entry) = reader.next_entry()? {
-        if !unpacker.copy.as_ref().is_none_or(|to| to.rename(&mut entry)) {
-            continue;
-        }
+    while let Some(entry) = reader.next_entry()? {
         unpacker.entry(&entry, &mut reader)?;
     }
     // What is behind the archive's end belongs to the digests.
@@ -138,6 +107,23 @@ fn run(stream: impl Read, tree: Tree, copy: Option<CopyTo>, options: Options) ->
     unpacker.finish()?;
     let (_, digest, bytes) = blob.finish();
     Ok(Unpacked { blob: (digest, bytes), diff_id, ..unpacker.unpacked })
+}
+
+/// Unpacks an archive of copied files below `root`, a directory that may have anything in it. Links in it are followed
+/// on the way to an entry, as by a process that has it as its root.
+pub fn unpack_copy(stream: impl Read, root: &Path, to: &CopyTo, rights: Rights) -> Result<(), Error> {
+    let limits = Limits { bytes: u64::MAX, entries: u64::MAX, ratio: u64::MAX };
+    let tree = Tree::open(root, &[], rights)?;
+    let mut unpacker = Unpacker::new(tree, true, Options { limits, rights });
+    let mut reader = TarReader::new(compression::decompress(stream).map_err(Error::Read)?);
+    while let Some(mut entry) = reader.next_entry()? {
+        if to.rename(&mut entry) {
+            unpacker.entry(&entry, &mut reader)?;
+        }
+    }
+    // Whoever writes is not to fail because of what is behind the archive's end.
+    io::copy(&mut reader.into_inner(), &mut io::sink()).map_err(Error::Read)?;
+    unpacker.finish()
 }
 
 impl CopyTo {
@@ -167,12 +153,24 @@ impl CopyTo {
 }
 
 impl Unpacker {
+    fn new(tree: Tree, is_copy: bool, options: Options) -> Self {
+        let nothing = Unpacked {
+            blob: (Digest::of(b""), 0),
+            diff_id: Digest::of(b""),
+            bytes: 0,
+            entries: 0,
+            skipped_devices: 0,
+        };
+        let directories = BTreeMap::new();
+        Self { is_copy, tree, options, unpacked: nothing, names: 0, directories, parent: None }
+    }
+
     fn entry(&mut self, entry: &Entry, reader: &mut TarReader<impl Read>) -> Result<(), Error> {
         self.count_entry()?;
         let mut parents = tree::parts(&entry.name)?;
         let Some(name) = parents.pop() else { return self.root(entry) };
         let (parent, path) = self.parent(&entry.name, &parents)?;
-        if self.copy.is_some() {
+        if self.is_copy {
             return self.place(entry, reader, &parent, &path, &name);
         }
         if name == OPAQUE {
@@ -265,7 +263,7 @@ impl Unpacker {
         let there = tree::stat(parent.as_fd(), name).map_err(&failed)?;
         let is_directory = |mode| FileType::from_raw_mode(mode) == FileType::Directory;
         // A copy is not to remove a whole directory, or put one where somebody wants a file.
-        if let Some(stat) = there.filter(|_| self.copy.is_some())
+        if let Some(stat) = there.filter(|_| self.is_copy)
             && is_directory(stat.st_mode) != (entry.kind == Kind::Directory)
         {
             return Err(Error::entry(
