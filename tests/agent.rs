@@ -19,7 +19,7 @@ use rig::Sandbox;
 type Check = fn(&mut Sandbox);
 
 /// What is looked at where a process takes a second: one guest for all of it.
-const ON_SLOW_KERNELS: [(&str, Check); 12] = [
+const ON_SLOW_KERNELS: [(&str, Check); 11] = [
     ("exit codes", processes::exit_codes_come_back),
     ("programs that cannot be run", processes::programs_that_cannot_be_run_are_told_apart),
     ("environment, user and directory", processes::process_has_its_environment_user_and_directory),
@@ -29,7 +29,6 @@ const ON_SLOW_KERNELS: [(&str, Check); 12] = [
     ("exec", processes::exec_runs_beside_the_first_process),
     ("layers", files::layers_hide_what_is_below),
     ("walls", security::walls_stand),
-    ("out of memory", limits::memory_limit_kills_and_is_told),
     ("pause", life::paused_container_stands_still),
     ("connections", life::lost_connection_loses_no_event),
 ];

@@ -51,6 +51,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The host cannot wait.
+    #[error("cannot wait for the agent")]
+    Wait(#[source] io::Error),
     /// What came is no message, or the request is none.
     #[error("the agent's messages make no sense")]
     Message(#[from] frame::Error),
@@ -313,9 +316,7 @@ fn wait(
             Ok(_) if stream.is_some() && !fds[0].revents().is_empty() => return Ok(()),
             Ok(_) => return Err(Error::Ended),
             Err(rustix::io::Errno::INTR) => {}
-            Err(error) => {
-                return Err(Error::Connection { path: PathBuf::new(), source: error.into() });
-            }
+            Err(error) => return Err(Error::Wait(error.into())),
         }
     }
 }

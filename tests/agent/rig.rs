@@ -263,6 +263,8 @@ impl Sandbox {
             devices: default_devices(),
             links: default_links(),
             process,
+            // As a microVM's container has it; a network namespace of its own is dear.
+            namespaces: Namespaces { network: Namespace::Sandbox, ..Namespaces::default() },
             hostname: Some("box".into()),
             ..ContainerSpec::default()
         }

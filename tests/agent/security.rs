@@ -16,6 +16,7 @@ pub fn walls_stand(sandbox: &mut Sandbox) {
                   ls /c /dev/vda 2>/dev/null; grep -c . /proc/self/mountinfo; touch /dev/shm/x 2>/dev/null && echo shm; \
                   cat /proc/net/dev | grep -c :; ls -1 /proc | grep -c '^[0-9]'";
     let ended = sandbox.run_shell(script, |spec| {
+        spec.namespaces.network = Namespace::Own;
         spec.read_only = true;
         spec.masked_paths = ["/proc/version", "/proc/tty", "/proc/nothing"].map(String::from).into();
         spec.read_only_paths = ["/proc/sys", "/proc/nothing"].map(String::from).into();
