@@ -12,7 +12,7 @@ use super::home::{Home, IMAGE, Wall, can_run};
 use crate::support::{LINUX_PATIENCE, has_tool, skip, tool};
 
 /// A server that greets whoever connects.
-const SERVER: &str = "echo ready; exec nc -lk -p 80 -e echo hello";
+const SERVER: &str = "echo ready; exec nc -ll -p 80 -e echo hello";
 
 /// Puts this thread, and all that it starts, into a network of its own; says so if that cannot be.
 fn can_connect(wall: Wall) -> bool {
