@@ -159,6 +159,10 @@ pub fn prepare(records: &Records, config: &ContainerConfig) -> Result<Prepared, 
     let backend: Box<dyn Backend> = match config.isolation {
         Isolation::Native => Box::new(Native::new(&run).keep_filters_in(&filters(records)?)),
         Isolation::Microvm => {
+            // The guest sees the host's copy, in memory, by its share; `clear` takes it away as it does natively.
+            if !config.secrets.is_empty() {
+                native::copy_secrets(&config.secrets, &Native::secrets_directory(&run))?;
+            }
             let place = place(records, config, &namespace, status, &store, &image)?;
             Box::new(Microvm::new(&config.id, place))
         }
