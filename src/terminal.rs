@@ -20,6 +20,8 @@ const FATAL_SIGNALS: [libc::c_int; 5] =
 /// Keeps standard input's terminal in raw mode until it is dropped, the process panics, or a fatal signal comes.
 pub struct RawTerminal {
     found: Termios,
+    /// Whether output processing is off too.
+    whole: bool,
 }
 
 impl RawTerminal {
@@ -28,6 +30,15 @@ impl RawTerminal {
     /// Characters reach the reader one by one and unchanged, Ctrl-C included; output processing stays on, so that
     /// the host's own lines look as they should. At most one value exists at a time.
     pub fn enter() -> io::Result<Option<RawTerminal>> {
+        Self::enter_as(false)
+    }
+
+    /// The same without output processing: what is shown comes from another terminal, which has done it already.
+    pub fn enter_whole() -> io::Result<Option<RawTerminal>> {
+        Self::enter_as(true)
+    }
+
+    fn enter_as(whole: bool) -> io::Result<Option<RawTerminal>> {
         let stdin = io::stdin();
         // SAFETY: `isatty` only looks at the descriptor.
         if unsafe { libc::isatty(stdin.as_raw_fd()) } == 0 {
@@ -37,7 +48,7 @@ impl RawTerminal {
         FOUND.get_or_init(|| (stdin.as_raw_fd(), found.clone().into()));
         restore_on_fatal_signals()?;
         restore_on_panic();
-        let terminal = RawTerminal { found };
+        let terminal = RawTerminal { found, whole };
         terminal.make_raw()?;
         Ok(Some(terminal))
     }
@@ -51,7 +62,9 @@ impl RawTerminal {
         }
         let mut raw = self.found.clone();
         cfmakeraw(&mut raw);
-        raw.output_flags = self.found.output_flags;
+        if !self.whole {
+            raw.output_flags = self.found.output_flags;
+        }
         raw.control_chars[SpecialCharacterIndices::VMIN as usize] = 1;
         raw.control_chars[SpecialCharacterIndices::VTIME as usize] = 0;
         IS_RAW.store(true, Ordering::SeqCst);

@@ -109,7 +109,7 @@ pub fn prepare(records: &Records, config: &ContainerConfig) -> Result<Prepared, 
 
     let namespace = namespace(records, config)?;
     let attachment = match &namespace {
-        Namespace::Own(path) => {
+        Namespace::Own(path) if matches!(config.network.mode, NetworkMode::Networks(_)) => {
             let networks = Networks::new(&roots.data, &roots.run);
             let (id, name) = (config.id.as_str(), config.name.as_str());
             Some(networks.setup(&network::Request { id, name, netns: path, network: &config.network })?)
@@ -159,6 +159,10 @@ pub fn prepare(records: &Records, config: &ContainerConfig) -> Result<Prepared, 
     let backend: Box<dyn Backend> = match config.isolation {
         Isolation::Native => Box::new(Native::new(&run).keep_filters_in(&filters(records)?)),
         Isolation::Microvm => {
+            // The guest sees the host's copy, in memory, by its share; `clear` takes it away as it does natively.
+            if !config.secrets.is_empty() {
+                native::copy_secrets(&config.secrets, &Native::secrets_directory(&run))?;
+            }
             let place = place(records, config, &namespace, status, &store, &image)?;
             Box::new(Microvm::new(&config.id, place))
         }
@@ -201,12 +205,13 @@ fn namespace(records: &Records, config: &ContainerConfig) -> Result<Namespace, E
     let roots = records.roots();
     let microvm = config.isolation == Isolation::Microvm;
     match &config.network.mode {
-        NetworkMode::None => Ok(Namespace::None),
+        NetworkMode::None if microvm => Ok(Namespace::None),
         NetworkMode::Host if microvm => Err(Error::Impossible(
             "--network host is not for microVMs: a guest has network devices of its own, so it cannot be in the host's network",
         )),
         NetworkMode::Host => Ok(Namespace::Host),
-        NetworkMode::Networks(_) => {
+        // Natively also one without networks: its loopback device is to be up.
+        NetworkMode::Networks(_) | NetworkMode::None => {
             let sandbox = roots.sandbox(&config.id);
             files::make_directory(&sandbox)?;
             let path = sandbox.join("netns");

@@ -92,6 +92,11 @@ pub struct Volumes {
     directory: PathBuf,
 }
 
+/// Whether a name is one that was made up for a volume without one: the form of an id.
+fn is_made_up(name: &str) -> bool {
+    name.len() == 64 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
 impl Volumes {
     /// The volumes below this root of data.
     pub fn new(data_root: &Path) -> Volumes {
@@ -128,7 +133,7 @@ impl Volumes {
             Some(_) => String::new(),
             None => random_name()?,
         };
-        let anonymous = name.is_none();
+        let anonymous = name.is_none_or(is_made_up);
         let name = name.unwrap_or(&made_up);
         if let Some(found) = self.get(name)? {
             return Ok(found);

@@ -71,6 +71,7 @@ pub fn configure(
     if let Some(mount) = mounts.iter().find(|mount| !targets.insert(&mount.target)) {
         bail!("two mounts have the target {:?}", mount.target);
     }
+    check_sources(options)?;
     let labels = of_image.labels().iter().flatten().map(|(name, value)| (name.clone(), value.clone()));
     let own = options.label.iter().map(|label| {
         let (name, value) = label.split_once('=').unwrap_or((label, ""));
@@ -103,6 +104,26 @@ pub fn configure(
         labels: labels.chain(own).collect(),
         secrets: options.secret.clone(),
     })
+}
+
+/// As Docker has it: `--volume` makes a directory of the host that is not there, `--mount` and `--secret` do not.
+fn check_sources(options: &ContainerOptions) -> anyhow::Result<()> {
+    let bind = |mount: &Mount| match &mount.source {
+        MountSource::Bind { path, .. } => Some(path.clone()),
+        _ => None,
+    };
+    for path in options.mount.iter().filter_map(bind) {
+        std::fs::metadata(&path).with_context(|| format!("cannot find the source {path:?} of a mount"))?;
+    }
+    for secret in &options.secret {
+        let path = &secret.source;
+        std::fs::metadata(path).with_context(|| format!("cannot find the file {path:?} of a secret"))?;
+    }
+    for path in options.volume.iter().filter_map(bind).filter(|path| std::fs::symlink_metadata(path).is_err())
+    {
+        std::fs::create_dir_all(&path).with_context(|| format!("cannot make the directory {path:?}"))?;
+    }
+    Ok(())
 }
 
 fn process(options: &ContainerOptions, image: &ImageConfig) -> anyhow::Result<Process> {

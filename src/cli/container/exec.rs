@@ -109,7 +109,7 @@ fn follow(
         execution.resize(size)?;
     }
     let _raw = if arguments.tty && arguments.interactive {
-        RawTerminal::enter().context("cannot set up the terminal")?
+        RawTerminal::enter_whole().context("cannot set up the terminal")?
     } else {
         None
     };

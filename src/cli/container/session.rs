@@ -188,7 +188,7 @@ pub fn print(mut to: impl Write, bytes: &[u8]) -> anyhow::Result<bool> {
 pub fn follow(connection: &mut Connection, options: &Options) -> anyhow::Result<Outcome> {
     let signals = signals()?;
     let _raw = if options.terminal && options.stdin {
-        RawTerminal::enter().context("cannot set up the terminal")?
+        RawTerminal::enter_whole().context("cannot set up the terminal")?
     } else {
         None
     };

@@ -502,16 +502,18 @@ impl Backend for Native {
             }
             child::end(&first.child);
         }
-        let Some(record) = record else { return Ok(()) };
-        self.kill_recorded(&record)?;
-        self.cgroup.kill()?;
-        self.cgroup.remove()?;
+        if let Some(record) = &record {
+            self.kill_recorded(record)?;
+            self.cgroup.kill()?;
+            self.cgroup.remove()?;
+        }
         let failed = |what: &str, path: &Path| {
             let what = format!("cannot {what} {path:?}");
             move |source| Error::failed(what, source)
         };
         let secrets = Native::secrets_directory(&self.directory);
         rootfs::unmount_and_remove(&secrets).map_err(failed("unmount", &secrets))?;
+        let Some(record) = record else { return Ok(()) };
         if let Some(overlay) = &record.overlay {
             rootfs::unmount_and_remove(overlay).map_err(failed("unmount", overlay))?;
         }
@@ -620,8 +622,8 @@ fn namespaces(spec: &Spec) -> ThreadNameSpaceType {
     list.into_iter().flatten().fold(ThreadNameSpaceType::empty(), |all, namespace| all | bit(namespace.typ()))
 }
 
-/// Copies secrets into memory.
-fn copy_secrets(secrets: &[Secret], directory: &Path) -> Result<(), Error> {
+/// Copies secrets into memory at `directory`. [`Backend::delete`] takes them away.
+pub fn copy_secrets(secrets: &[Secret], directory: &Path) -> Result<(), Error> {
     rootfs::mount_memory(directory)
         .map_err(|source| Error::failed(format!("cannot mount memory at {directory:?}"), source))?;
     for secret in secrets {
