@@ -4,15 +4,20 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use super::backend::WindowSize;
 use super::client::{self, Connection};
 use super::config::ContainerConfig;
+use super::files::Lock;
 use super::records::{self, Records, short};
 use super::supervisor::protocol::{Event, Request};
 use super::{fork, prepare, supervisor};
 
 /// How long removing waits for a supervisor's last steps.
 const LAST_STEPS: Duration = Duration::from_secs(60);
+/// How long it waits by force before the supervisor is killed.
+const FORCE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why something could not be done with a container.
 #[derive(Debug, thiserror::Error)]
@@ -131,23 +136,13 @@ pub fn stop(records: &Records, id: &str, signal: i32, timeout: Option<Duration>)
 pub fn remove(records: &Records, id: &str, force: bool) -> Result<Option<ContainerConfig>, Error> {
     let life = match records.take_life(id)? {
         Some(life) => life,
+        None if force => take_by_force(records, id)?,
         None => {
-            // One whose end was just reported may be about to let go.
-            let live = match records.read(id) {
-                Ok(record) => record.state.status.is_live(),
-                Err(_) if force => true,
-                Err(error) => return Err(error.into()),
-            };
-            if live && !force {
+            if records.read(id)?.state.status.is_live() {
                 return Err(Error::Running(id.into()));
             }
-            if live {
-                stop(records, id, libc::SIGKILL, None)?;
-            }
-            match wait_for_life(records, id)? {
-                Some(life) => life,
-                None => return Err(Error::Running(id.into())),
-            }
+            // One whose end was just reported may be about to let go.
+            wait_for_life(records, id, LAST_STEPS)?.ok_or_else(|| Error::Running(id.into()))?
         }
     };
     let config = match records.read(id) {
@@ -171,8 +166,26 @@ pub fn remove(records: &Records, id: &str, force: bool) -> Result<Option<Contain
     Ok(config)
 }
 
-fn wait_for_life(records: &Records, id: &str) -> Result<Option<super::files::Lock>, Error> {
-    let end = std::time::Instant::now() + LAST_STEPS;
+/// Ends a container with its supervisor, and takes its life.
+fn take_by_force(records: &Records, id: &str) -> Result<Lock, Error> {
+    let state = records.read(id).map(|record| record.state);
+    // What cannot be read may run.
+    if state.as_ref().map_or(true, |state| state.status.is_live()) {
+        stop(records, id, libc::SIGKILL, None)?;
+    }
+    if let Some(life) = wait_for_life(records, id, FORCE_PATIENCE)? {
+        return Ok(life);
+    }
+    // One that is still on its way to run, or that hangs. It holds the lock, so the number is its own.
+    let supervisor = state.ok().and_then(|state| Pid::from_raw(i32::try_from(state.supervisor?).ok()?));
+    if let Some(supervisor) = supervisor {
+        let _ = kill_process(supervisor, Signal::KILL);
+    }
+    wait_for_life(records, id, LAST_STEPS)?.ok_or_else(|| Error::Running(id.into()))
+}
+
+fn wait_for_life(records: &Records, id: &str, patience: Duration) -> Result<Option<Lock>, Error> {
+    let end = std::time::Instant::now() + patience;
     loop {
         match records.take_life(id)? {
             None if std::time::Instant::now() < end => std::thread::sleep(Duration::from_millis(2)),

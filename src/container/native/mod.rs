@@ -176,7 +176,7 @@ impl Native {
         if record.start_ticks.is_none() || processes::start_ticks(number) != record.start_ticks {
             return Err(Error::NotRunning);
         }
-        native.cgroup = Cgroup::at(&Hierarchies::find()?, &record.cgroup);
+        native.cgroup = Cgroup::at(&Hierarchies::find()?, &record.cgroup).existing();
         let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
         native.filter = match seccomp {
             Some(seccomp) => Some((Rc::new(native.compiled(seccomp)?), load_flags(seccomp))),

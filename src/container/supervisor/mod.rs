@@ -152,6 +152,9 @@ impl<'a> Supervisor<'a> {
     /// Runs the container as often as it is to be run.
     fn run(mut self) {
         let mut delay = RESTART_DELAY_MIN;
+        // For who wants the container gone before it runs.
+        self.state.supervisor = Some(std::process::id());
+        self.write_state();
         loop {
             let begun = Instant::now();
             let code = match self.run_once() {

@@ -121,6 +121,16 @@ impl Cgroup {
         Cgroup { parts }
     }
 
+    /// A group that somebody else has made, with the controllers that version 2 has there.
+    pub(super) fn existing(mut self) -> Cgroup {
+        self.parts.retain(|part| part.directory.is_dir());
+        for part in self.parts.iter_mut().filter(|part| part.version == Version::V2) {
+            let there = fs::read_to_string(part.directory.join("cgroup.controllers")).unwrap_or_default();
+            part.controllers = there.split_whitespace().map(str::to_owned).collect();
+        }
+        self
+    }
+
     /// Makes it. Hierarchies in which that is not permitted are left out; what needs them is refused later.
     pub(super) fn create(&mut self) -> Result<(), Error> {
         let mut made: Vec<Part> = vec![];
