@@ -78,13 +78,16 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Error> {
 /// Removes a directory with all that is in it, but nothing that is mounted there: a mount that is left is an error, and
 /// what it shows is not touched.
 pub fn remove_tree(path: &Path) -> Result<(), Error> {
-    let remove = || -> io::Result<()> {
-        match mount_of(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            mount => remove_within(path, mount?),
-        }
-    };
-    remove().map_err(host("remove", path))
+    let remove = || -> io::Result<()> { remove_within(path, mount_of(path)?) };
+    gone(remove()).map_err(host("remove", path))
+}
+
+/// What is not there any more, because somebody else is removing the same, is as it should be.
+fn gone(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
 }
 
 fn mount_of(path: &Path) -> io::Result<u64> {
@@ -100,7 +103,7 @@ fn remove_within(path: &Path, mount: u64) -> io::Result<()> {
         return fs::remove_file(path);
     }
     for entry in fs::read_dir(path)? {
-        remove_within(&entry?.path(), mount)?;
+        gone(remove_within(&entry?.path(), mount))?;
     }
     fs::remove_dir(path)
 }
@@ -199,6 +202,21 @@ mod tests {
         assert!(!tree.exists());
         assert_eq!(fs::read_to_string(other.join("data")).unwrap(), "kept");
         remove_tree(&tree).unwrap();
+    }
+
+    #[test]
+    fn tree_that_several_remove_is_gone_for_all() {
+        let directory = tempfile::tempdir().unwrap();
+        let tree = directory.path().join("tree");
+        for number in 0..200 {
+            fs::create_dir_all(tree.join(format!("{number}/a/b"))).unwrap();
+            fs::write(tree.join(format!("{number}/file")), "x").unwrap();
+        }
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..4).map(|_| scope.spawn(|| remove_tree(&tree))).collect();
+            workers.into_iter().for_each(|worker| worker.join().unwrap().unwrap());
+        });
+        assert!(!tree.exists());
     }
 
     #[test]

@@ -175,3 +175,20 @@ fn killed_supervisor_of_a_microvm_is_cleared_after() {
     assert_eq!(home.left(), [] as [String; 0]);
     assert_eq!(home.shell(Wall::Native, &["-v", "kept:/kept"], "cat /kept/x").ok(), "data\n");
 }
+
+#[test]
+fn microvm_that_boots_is_removed_by_force_and_leaves_nothing() {
+    if !can_run(Wall::Microvm) {
+        return;
+    }
+    let home = Home::new();
+    let isolation = ["create", "--network", "none", "--name", "vm", Wall::Microvm.flag(), IMAGE, "true"];
+    home.run(&isolation).ok();
+    let mut starting = home.command(&["start", "vm"]).spawn().expect("rvmm");
+    // Its supervisor is at work, and it does not run.
+    home.await_state("vm", |found| found["State"]["SupervisorPid"] != 0);
+    home.run(&["rm", "--force", "vm"]).ok();
+    let _ = starting.wait();
+    assert_eq!(home.left(), [] as [String; 0]);
+    home.run(&["inspect", "vm"]).fails();
+}
