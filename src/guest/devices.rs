@@ -96,12 +96,23 @@ pub fn device_filter(rules: &[DeviceRule]) -> Vec<u8> {
         Instruction::load(MAJOR, 4),
         Instruction::load(MINOR, 8),
     ];
-    for rule in rules.iter().rev() {
+    // The kernel refuses a program in which an instruction is never reached, so nothing follows a rule for everything.
+    let for_everything = rules.iter().rposition(fits_everything);
+    for rule in rules[for_everything.unwrap_or(0)..].iter().rev() {
         program.extend(of_rule(rule));
     }
-    program.push(Instruction::new(MOVE, RESULT, 0));
-    program.push(Instruction::new(EXIT, 0, 0));
+    if for_everything.is_none() {
+        program.push(Instruction::new(MOVE, RESULT, 0));
+        program.push(Instruction::new(EXIT, 0, 0));
+    }
     program.into_iter().flat_map(Instruction::bytes).collect()
+}
+
+fn fits_everything(rule: &DeviceRule) -> bool {
+    rule.kind == DeviceKind::Any
+        && rule.major.is_none()
+        && rule.minor.is_none()
+        && rule.access & DeviceRule::ALL == DeviceRule::ALL
 }
 
 fn of_rule(rule: &DeviceRule) -> Vec<Instruction> {
@@ -176,6 +187,52 @@ mod tests {
             }
             at += 1;
         }
+    }
+
+    /// Whether the kernel's verifier finds a way to every instruction, and no way past the end.
+    fn is_reached_everywhere(program: &[u8]) -> bool {
+        let count = program.len() / 8;
+        let (mut reached, mut open) = (vec![false; count], vec![0]);
+        while let Some(at) = open.pop() {
+            if at >= count {
+                return false;
+            }
+            if std::mem::replace(&mut reached[at], true) {
+                continue;
+            }
+            let code = program[at * 8];
+            if code != EXIT {
+                open.push(at + 1);
+            }
+            if matches!(code, JUMP_IF_NOT | JUMP_IF_EQUAL) {
+                let offset = i16::from_le_bytes([program[at * 8 + 2], program[at * 8 + 3]]);
+                open.push(at + 1 + offset as usize);
+            }
+        }
+        reached.into_iter().all(|reached| reached)
+    }
+
+    #[test]
+    fn every_instruction_is_reached_whatever_the_rules() {
+        let all = |allow| rule(allow, DeviceKind::Any, None, None, DeviceRule::ALL);
+        let null = rule(true, DeviceKind::Character, Some(1), Some(3), DeviceRule::ALL);
+        let read = rule(true, DeviceKind::Any, None, None, DeviceRule::READ);
+        let lists = [
+            vec![],
+            vec![null],
+            vec![all(false), null],
+            vec![null, all(true)],
+            vec![all(false), null, all(true), read],
+            vec![read, all(false)],
+        ];
+        for rules in lists {
+            assert!(is_reached_everywhere(&device_filter(&rules)), "{rules:?}");
+        }
+        // What came before a rule for everything does not count.
+        let program = device_filter(&[null, all(false), read]);
+        assert!(!run(&program, CHARACTER, 1, 3, DeviceRule::WRITE));
+        assert!(run(&program, CHARACTER, 1, 3, DeviceRule::READ));
+        assert!(run(&device_filter(&[all(false), null]), CHARACTER, 1, 3, DeviceRule::ALL));
     }
 
     const BLOCK: u32 = 1;
