@@ -32,6 +32,7 @@ pub enum NetworkCommand {
 #[derive(Debug, Args)]
 pub struct CreateArguments {
     /// The network's name
+    #[arg(value_parser = clap::builder::NonEmptyStringValueParser::new())]
     name: String,
     /// bridge translates addresses towards the world; macvlan is in the network of one of the host's devices
     #[arg(short, long, value_enum, default_value_t = DriverName::Bridge)]
