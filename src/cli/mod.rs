@@ -99,9 +99,9 @@ pub fn engine() -> ExitCode {
     let result = match arguments.command {
         None => boot::run(arguments.boot, Timeline::start()),
         Some(Command::Container(command)) => container::run(&command),
-        Some(Command::Image(command)) => {
-            on_roots(|roots| image::run(command, &Store::open(&roots.images())?))
-        }
+        Some(Command::Image(command)) => Roots::find_images()
+            .map_err(Into::into)
+            .and_then(|place| image::run(command, &Store::open(&place)?)),
         Some(Command::Network(command)) => on_roots(|roots| network::run(&command, &roots.data, &roots.run)),
         Some(Command::Volume(command)) => on_roots(|roots| volume::run(&command, &roots.data)),
         Some(Command::Completions(arguments)) => completions::run(&arguments),

@@ -31,25 +31,34 @@ impl Roots {
         Self::choose(nix::unistd::geteuid().is_root(), |name| env::var_os(name).map(PathBuf::from))
     }
 
+    /// The image store of this user, who need not have a place for what is gone after a reboot.
+    pub fn find_images() -> Result<PathBuf, Error> {
+        let data =
+            Self::choose_data(nix::unistd::geteuid().is_root(), |name| env::var_os(name).map(PathBuf::from));
+        Ok(data?.join("images"))
+    }
+
     fn choose(root: bool, variable: impl Fn(&str) -> Option<PathBuf>) -> Result<Roots, Error> {
         let absolute = |name: &str| variable(name).filter(|path| path.is_absolute());
-        let data = || match root {
-            true => Some(PathBuf::from("/var/lib")),
-            false => absolute("XDG_DATA_HOME").or_else(|| Some(absolute("HOME")?.join(".local/share"))),
-        };
-        let run = || match root {
+        let run = match root {
             true => Some(PathBuf::from("/run")),
             false => absolute("XDG_RUNTIME_DIR"),
         };
-        let place = |own: &'static str, usual: Option<PathBuf>, what, fallback: &'static str| {
-            absolute(own)
-                .or_else(|| usual.map(|path| path.join("rvmm")))
-                .ok_or(Error::Nowhere { what, variable: if root { own } else { fallback } })
-        };
+        let run = absolute("RVMM_RUN_ROOT").or_else(|| run.map(|path| path.join("rvmm")));
         Ok(Roots {
-            data: place("RVMM_ROOT", data(), "images and containers", "HOME")?,
-            run: place("RVMM_RUN_ROOT", run(), "locks and sockets", "XDG_RUNTIME_DIR")?,
+            data: Self::choose_data(root, &variable)?,
+            run: run.ok_or(Error::Nowhere { what: "locks and sockets", variable: "XDG_RUNTIME_DIR" })?,
         })
+    }
+
+    fn choose_data(root: bool, variable: impl Fn(&str) -> Option<PathBuf>) -> Result<PathBuf, Error> {
+        let absolute = |name: &str| variable(name).filter(|path| path.is_absolute());
+        let data = match root {
+            true => Some(PathBuf::from("/var/lib")),
+            false => absolute("XDG_DATA_HOME").or_else(|| Some(absolute("HOME")?.join(".local/share"))),
+        };
+        let data = absolute("RVMM_ROOT").or_else(|| data.map(|path| path.join("rvmm")));
+        data.ok_or(Error::Nowhere { what: "images and containers", variable: "HOME" })
     }
 
     /// The image store.

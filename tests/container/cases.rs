@@ -262,7 +262,7 @@ fn walls() -> Vec<Case> {
         shell("no namespaces inside", &[], "unshare -m true 2>&1").code(1).has("Operation not permitted"),
         shell("no mounts inside", &[], "mount -t tmpfs x /tmp 2>&1").code(1).has("ermission"),
         shell("no clock", &[], "date -s 2001-01-01 2>&1").has("not permitted"),
-        shell("no disks", &[], "mknod /tmp/d b 254 0 && dd if=/tmp/d of=/dev/null count=1 2>&1").code(1).has("not permitted"),
+        shell("no disks", &[], "(mknod /tmp/d b 254 0 && dd if=/tmp/d of=/dev/null count=1) 2>&1").code(1).has("not permitted"),
         shell("hidden parts of /proc and /sys", &[], "cat /proc/kcore /proc/keys /proc/timer_list 2>/dev/null | wc -c; ls /proc/acpi /sys/firmware 2>/dev/null | grep -v : | grep -c .")
             .out("0\n0\n")
             .code(1),
@@ -433,7 +433,7 @@ fn files() -> Vec<Case> {
             &["--secret", "id=pw,src={DIR}/secret", "-u", "ann"],
             "cat /run/secrets/pw 2>&1; grep -c ' /run/secrets' /proc/mounts",
         )
-        .holds(|text| text.ends_with("1\n")),
+        .holds(|text| text.lines().last().is_some_and(|mounts| mounts != "0")),
     ]
 }
 

@@ -222,6 +222,8 @@ fn exec(plan: &mut Plan) -> Result<std::convert::Infallible, Failed> {
             },
         };
         match error {
+            // It is there, so its interpreter is not.
+            Errno::NOENT if check_executable(candidate).is_ok() => return Err((Step::Exec, error)),
             Errno::NOENT | Errno::NOTDIR => {}
             // Further on in PATH there may be one that can be run.
             Errno::ACCESS => found = Some(error),
