@@ -270,7 +270,8 @@ fn walls() -> Vec<Case> {
         shell("/proc/sysrq-trigger cannot be written", &[], "echo h >/proc/sysrq-trigger").code(1).error("can't create"),
         shell("/sys cannot be written", &[], "mkdir /sys/fs/cgroup/x 2>&1; echo 1 >/sys/kernel/profiling").code(1).error(""),
         shell("paths shown", &["--security-opt", "systempaths=unconfined"], "grep -c ' /proc/' /proc/mounts").code(1).out("0\n"),
-        shell("devices", &[], "ls /dev | tr '\\n' ' '")
+        // Where the kernel has /proc/kcore, libcontainer links to it, and it is masked.
+        shell("devices", &[], "ls /dev | grep -v '^k*core$' | tr '\\n' ' '")
             .out("fd full mqueue null ptmx pts random shm stderr stdin stdout tty urandom zero "),
         shell("devices work", &[], "head -c 8 /dev/urandom | wc -c; head -c 3 /dev/zero | wc -c; echo x >/dev/null; echo x >/dev/full")
             .out("8\n3\n")
