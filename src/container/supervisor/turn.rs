@@ -62,7 +62,6 @@ impl Supervisor<'_> {
         self.state.oom_killed = false;
         self.state.started_ns = Some(now_ns());
         self.state.pid = turn.backend.pid();
-        self.state.supervisor = Some(std::process::id());
         self.state.endpoints = prepared.endpoints;
         self.state.ports = prepared.ports;
         self.write_state();
