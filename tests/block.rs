@@ -65,11 +65,7 @@ fn fio_verifies_what_it_wrote_with_system_calls() {
     verify_with_fio(",io=sync", "1", 12);
 }
 
-// One of some five runs beside another guest in one emulated machine comes to no end. Then both of the guest's processors
-// are halted without a pending interrupt, and all queues of all disks are at rest: nothing available that was not used,
-// nothing used that the driver has not seen. So a process in the guest was not woken; docs/nested-host.md, "Limits".
 #[test]
-#[ignore = "guests with two processors stop at times in an emulated machine: scripts/test --long runs it"]
 fn fio_verifies_what_it_wrote_through_several_queues() {
     verify_with_fio(",queues=2", "2", 6);
 }

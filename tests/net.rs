@@ -296,7 +296,6 @@ ping -c 1 -W 10 10.77.2.1 >/dev/null; report again $?"#
 }
 
 #[test]
-#[ignore = "guests with two processors stop at times in an emulated machine: scripts/test --long runs it"]
 fn bridge_joins_a_guest_to_another_namespace() {
     if !has_fast_kvm() || !has_network() || !has_tool("iperf3") {
         return;

@@ -426,6 +426,7 @@ static int supervise(int port, const struct config *c)
     const unsigned char *input = NULL;
     size_t input_len = 0;
     pid_t command = -1;
+    int64_t next_alive = 0;
 
     for (;;) {
         struct pollfd p[] = {
@@ -449,9 +450,13 @@ static int supervise(int port, const struct config *c)
             close(err[1]);
             close(slave);
         }
-        if (poll(p, 6, -1) < 0 && errno != EINTR)
+        if (poll(p, 6, ALIVE_MS) < 0 && errno != EINTR)
             fatal("poll: %s", strerror(errno));
 
+        if (now_ms() >= next_alive) {
+            next_alive = now_ms() + ALIVE_MS;
+            send_frame(port, FRAME_ALIVE, NULL, 0);
+        }
         if (p[3].revents)
             carry(port, &s.out, FRAME_STDOUT);
         if (p[4].revents)

@@ -26,12 +26,12 @@
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <termios.h>
-#include <time.h>
 
 #include "protocol.h"
 
 #define EXIT_TIMEOUT 124
 #define EXIT_FAILED 125
+#define SILENCE_MS 120000 /* after which the machine is said to stand still */
 #define CONSOLE_TAIL 16384
 #define ESCAPE_KEY 0x1d /* Ctrl-] */
 #define ESCAPE_MS 1000
@@ -102,14 +102,6 @@ static _Noreturn void fail_with_console(int status, const char *what)
             fputc('\n', stderr);
     }
     fail(status, "%s", what);
-}
-
-static int64_t now_ms(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
 static void *need(void *p)
@@ -382,6 +374,7 @@ int main(int argc, char **argv)
     const unsigned char *pending = NULL; /* of `incoming`, for our stdout or stderr */
     size_t pending_len = 0, frame_bytes = 0;
     int pending_fd = -1;
+    int64_t heard = 0, next_nudge = 0;
 
     for (;;) {
         /* 1. act on what has come in */
@@ -397,6 +390,7 @@ int main(int argc, char **argv)
                 ready = true;
                 make_terminal_raw();
                 break;
+            case FRAME_ALIVE: break;
             case FRAME_STDOUT:
             case FRAME_STDERR:
                 pending_fd = incoming[0] == FRAME_STDOUT ? STDOUT_FILENO : STDERR_FILENO;
@@ -435,6 +429,16 @@ int main(int argc, char **argv)
             fail_with_console(EXIT_FAILED, "the machine did not start in time");
         }
 
+        /* a machine that waits for us to take its output is not silent */
+        if (!ready || pending)
+            heard = now;
+        if (now - heard >= SILENCE_MS)
+            fail_with_console(EXIT_FAILED, "the machine stands still: nothing heard for two minutes");
+        if (ready && now >= next_nudge && outgoing.len == outgoing.sent) {
+            next_nudge = now + NUDGE_MS;
+            send_frame(FRAME_NUDGE, NULL, 0);
+        }
+
         /* 3. wait */
         size_t unsent = outgoing.len - outgoing.sent;
         struct pollfd p[] = {
@@ -444,7 +448,9 @@ int main(int argc, char **argv)
             {ready && input_open && unsent == 0 ? STDIN_FILENO : -1, POLLIN, 0},
             {pending ? pending_fd : -1, POLLOUT, 0},
         };
-        int64_t wait = limit > 0 ? limit - now : -1;
+        int64_t wait = limit > 0 ? limit - now : 60000;
+        if (ready && next_nudge - now < wait)
+            wait = next_nudge > now ? next_nudge - now : NUDGE_MS;
         if (poll(p, 5, wait > 60000 ? 60000 : (int)wait) < 0 && errno != EINTR)
             fail(EXIT_FAILED, "poll: %s", strerror(errno));
 
@@ -479,9 +485,10 @@ int main(int argc, char **argv)
         if (p[2].revents & (POLLIN | POLLHUP | POLLERR)) {
             if (!pending) {
                 ssize_t n = read(port[0], incoming + incoming_len, sizeof incoming - incoming_len);
-                if (n > 0)
+                if (n > 0) {
                     incoming_len += (size_t)n;
-                else if (n == 0 || (errno != EAGAIN && errno != EINTR))
+                    heard = now;
+                } else if (n == 0 || (errno != EAGAIN && errno != EINTR))
                     port_open = false;
             }
         }

@@ -115,7 +115,7 @@ pub struct BootArguments {
     /// How the kernel is entered [default: auto]
     #[arg(long, value_name = "PROTOCOL")]
     boot_protocol: Option<Protocol>,
-    /// Do not help the guest over what this host's kind of KVM cannot do
+    /// Do not help the guest over what this host's kind of KVM cannot do, or gets wrong
     #[arg(long)]
     no_host_quirks: bool,
     /// Seconds that the guest has to power off after SIGTERM [default: 30]

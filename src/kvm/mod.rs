@@ -3,6 +3,7 @@
 //! Every set-up call is timed, so that the share of KVM in the start of a VM can be told from rvmm's own.
 
 mod calls;
+pub mod emulated;
 pub mod kind;
 pub mod probe;
 pub mod pvm;
@@ -20,6 +21,15 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Cap;
 
 use calls::{call, timed};
+
+/// A parameter for the guest kernel's command line that this kind of host asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CmdlineAddition {
+    /// The parameter as the guest kernel reads it.
+    pub parameter: &'static str,
+    /// Why, for the log.
+    pub reason: &'static str,
+}
 
 /// Where the KVM device is.
 pub const KVM_PATH: &str = "/dev/kvm";

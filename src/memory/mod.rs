@@ -82,19 +82,28 @@ pub fn allocate(size_bytes: u64) -> Result<Ram, Error> {
         .map_err(|source| fail(FromRangesError::Collection(source)))
 }
 
-/// Maps anonymous memory that starts at a multiple of [`HUGE_PAGE_SIZE`]. Linux has done that by itself since 6.7.
-/// Before, it puts mappings one below the other, so one of the right length in between shifts the next one into place.
-/// Where that does not help the memory works all the same, with small pages.
+/// Maps anonymous memory that starts at a multiple of [`HUGE_PAGE_SIZE`]. Linux mostly does that by itself since 6.7.
+///
+/// Where it does not, it puts mappings one below the other as long as they fit, so one of the right length in between
+/// shifts the next one into place. Another thread's mapping or a gap may come between: all that did not fit stays
+/// mapped until one does. Where no try helps the memory works all the same, with small pages.
 fn map_aligned(len: usize) -> Result<MmapRegion, MmapRegionError> {
-    let excess = |mapping: &MmapRegion| mapping.as_ptr() as usize % HUGE_PAGE_SIZE;
+    const TRIES: usize = 64;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let mut mapping = MmapRegion::new(len)?;
-    if len >= HUGE_PAGE_SIZE && excess(&mapping) != 0 {
-        let between = len.next_multiple_of(HUGE_PAGE_SIZE) + excess(&mapping);
-        drop(mapping);
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let between = MmapRegion::<()>::build(None, between, libc::PROT_NONE, flags);
+    let mut in_the_way = vec![];
+    for _ in 0..TRIES {
+        let at = mapping.as_ptr() as usize;
+        if len < HUGE_PAGE_SIZE || at.is_multiple_of(HUGE_PAGE_SIZE) {
+            break;
+        }
+        in_the_way.push(mapping);
+        let excess = at.wrapping_sub(len) % HUGE_PAGE_SIZE;
+        if excess != 0 {
+            let between = len.next_multiple_of(HUGE_PAGE_SIZE) + excess;
+            in_the_way.push(MmapRegion::build(None, between, libc::PROT_NONE, flags)?);
+        }
         mapping = MmapRegion::new(len)?;
-        drop(between);
     }
     Ok(mapping)
 }
@@ -167,6 +176,15 @@ mod tests {
         for region in kept.iter().flat_map(|ram| ram.iter()) {
             let (guest, host) = (region.start_addr().0 as usize, region.as_ptr() as usize);
             assert_eq!(guest % HUGE_PAGE_SIZE, host % HUGE_PAGE_SIZE, "{guest:#x} at {host:#x}");
+        }
+        // Gaps of many sizes, some of which are too small for what is put between.
+        let gaps: Vec<_> =
+            (1..40_usize).map(|i| MmapRegion::<()>::new((4 << 20) + i * 4096 * 37).unwrap()).collect();
+        let mut pieces: Vec<_> = gaps.into_iter().step_by(2).collect();
+        for size in [(4 << 20) + 4096, 4 << 20, (2 << 20) + 8192, 5 << 20] {
+            let mapping = map_aligned(size).unwrap();
+            assert_eq!(mapping.as_ptr() as usize % HUGE_PAGE_SIZE, 0, "{size:#x}");
+            pieces.push(mapping);
         }
         let small = kept.first().unwrap();
         prefer_huge_pages(small);

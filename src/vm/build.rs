@@ -25,7 +25,7 @@ use crate::boot::cmdline::{Cmdline, CmdlineError};
 use crate::bus::{Bus, BusDevice, Overlap};
 use crate::kvm::kind::{self, Kind};
 use crate::kvm::pvm::{self, Emulator};
-use crate::kvm::{self, Kvm};
+use crate::kvm::{self, Kvm, emulated};
 use crate::legacy::{GuestEvent, GuestRequests, I8042, PowerBlock, PvPanic, Serial, SerialSink};
 use crate::memory::{self, Ram};
 use crate::platform::{
@@ -278,11 +278,14 @@ fn command_line(config: &VmConfig, quirks: bool) -> Result<Cmdline, Error> {
         additions.push("root=/dev/vda".into());
         additions.push(if root.is_read_only() { "ro" } else { "rw" }.into());
     }
-    if quirks {
-        for addition in pvm::cmdline_additions() {
-            tracing::debug!("{}: {}", addition.parameter, addition.reason);
-            additions.push(addition.parameter.to_owned());
-        }
+    let for_host = match quirks {
+        true => pvm::cmdline_additions(),
+        false if config.host_quirks && emulated::host_is_emulated() => emulated::cmdline_additions(),
+        false => &[],
+    };
+    for addition in for_host {
+        tracing::debug!("{}: {}", addition.parameter, addition.reason);
+        additions.push(addition.parameter.to_owned());
     }
     let user_sets_access = ["ro", "rw"].iter().any(|name| cmdline.user_value(name).is_some());
     for addition in additions {

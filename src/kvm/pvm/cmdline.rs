@@ -1,13 +1,6 @@
 //! What is added to a guest's command line on PVM hosts.
 
-/// A parameter, and why it is there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CmdlineAddition {
-    /// The parameter as the guest kernel reads it.
-    pub parameter: &'static str,
-    /// Why, for the log.
-    pub reason: &'static str,
-}
+use crate::kvm::CmdlineAddition;
 
 /// Processor features to be hidden, by the kernel's numbers of them (`word * 32 + bit`, see
 /// `arch/x86/include/asm/cpufeatures.h`): the guest's CPUID instruction shows the host's own leaves on PVM hosts, so

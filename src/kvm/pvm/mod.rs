@@ -11,7 +11,7 @@ mod execute;
 mod walk;
 mod xstate;
 
-pub use cmdline::{CmdlineAddition, cmdline_additions};
+pub use cmdline::cmdline_additions;
 
 use std::io;
 use std::sync::OnceLock;
