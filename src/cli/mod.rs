@@ -19,8 +19,8 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use crate::container::namespace;
 use crate::container::roots::Roots;
-use crate::image::Store;
 use crate::vm::{EXIT_FAILED, Timeline};
 
 /// Boots a Linux guest in a KVM microVM, and tells what this host can do.
@@ -98,10 +98,8 @@ pub fn engine() -> ExitCode {
     }
     let result = match arguments.command {
         None => boot::run(arguments.boot, Timeline::start()),
-        Some(Command::Container(command)) => container::run(&command),
-        Some(Command::Image(command)) => Roots::find_images()
-            .map_err(Into::into)
-            .and_then(|place| image::run(command, &Store::open(&place)?)),
+        Some(Command::Container(command)) => on_roots(|roots| container::run(&command, roots)),
+        Some(Command::Image(command)) => on_image_roots(|roots| image::run(command, &roots.images())),
         Some(Command::Network(command)) => on_roots(|roots| network::run(&command, &roots.data, &roots.run)),
         Some(Command::Volume(command)) => on_roots(|roots| volume::run(&command, &roots.data)),
         Some(Command::Completions(arguments)) => completions::run(&arguments),
@@ -111,8 +109,24 @@ pub fn engine() -> ExitCode {
     end(result, arguments.verbose)
 }
 
+/// Does something with this user's containers: root's on the host, or those of a user in namespaces of that user's.
 fn on_roots(work: impl FnOnce(&Roots) -> anyhow::Result<ExitCode>) -> anyhow::Result<ExitCode> {
-    work(&Roots::find()?)
+    let roots = Roots::find()?;
+    namespace::enter(&roots)?;
+    let result = work(&roots);
+    namespace::leave(&roots);
+    result
+}
+
+/// The same with images, which a user can keep on a host without user namespaces too.
+fn on_image_roots(work: impl FnOnce(&Roots) -> anyhow::Result<ExitCode>) -> anyhow::Result<ExitCode> {
+    let roots = Roots::find()?;
+    if let Err(error) = namespace::enter(&roots) {
+        tracing::debug!("{}", crate::error_chain(&error));
+    }
+    let result = work(&roots);
+    namespace::leave(&roots);
+    result
 }
 
 fn end(result: anyhow::Result<ExitCode>, verbose: bool) -> ExitCode {

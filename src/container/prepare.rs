@@ -149,7 +149,10 @@ pub fn prepare(records: &Records, config: &ContainerConfig) -> Result<Prepared, 
         hostname_file: file("hostname", &format!("{hostname}\n"))?,
         volumes: &volumes,
         secrets: Some(Native::secrets_directory(&run)),
-        cgroup: Path::new("/rvmm").join(&config.id),
+        cgroup: match config.isolation {
+            Isolation::Native => native::cgroup_path(&config.id),
+            Isolation::Microvm => Path::new("/rvmm").join(&config.id),
+        },
         available: available(config),
         kernel: if native { spec::kernel_version() } else { GUEST_KERNEL },
     })?;

@@ -135,10 +135,15 @@ fn read(path: &str) -> String {
 }
 
 /// Whether this process's users are not the host's.
-pub(super) fn in_user_namespace() -> bool {
+pub fn is_user_namespace() -> bool {
     let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     let words: Vec<&str> = map.split_whitespace().collect();
     !words.is_empty() && words != ["0", "0", "4294967295"]
+}
+
+/// Whether the only user here is this one, since the host has set none aside for it.
+pub fn has_one_user() -> bool {
+    is_user_namespace() && !has_user(1)
 }
 
 /// Whether a user's number means something here.
@@ -163,7 +168,7 @@ fn is_mapped(path: &str, id: u32) -> bool {
 /// given that part of the tree to the user.
 pub fn cgroup_path(id: &str) -> std::path::PathBuf {
     let root = Path::new("/rvmm").join(id);
-    if !in_user_namespace() && getuid().is_root() {
+    if !is_user_namespace() && getuid().is_root() {
         return root;
     }
     let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();

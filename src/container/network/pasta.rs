@@ -14,6 +14,7 @@ use super::definition::DEFAULT_NETWORK;
 use super::error::Error;
 use super::status::{Interface, Status};
 use crate::container::config::Port;
+use crate::container::native;
 use crate::container::store;
 
 /// Every container has these: none sees another's. pasta answers for the gateway and for the name server.
@@ -29,9 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Whether this process has no privileges over the host's network: it is not root, or root only in a user namespace.
 pub(super) fn is_needed() -> bool {
-    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    let is_initial = map.split_whitespace().eq(["0", "0", "4294967295"]);
-    !rustix::process::geteuid().is_root() || !is_initial
+    !rustix::process::geteuid().is_root() || native::is_user_namespace()
 }
 
 /// Gives a namespace a way out. `mac` is the hardware address of its device.
