@@ -6,9 +6,11 @@ use std::io::{Read, Seek};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::definition::DEFAULT_NETWORK;
 use super::error::Error;
@@ -109,23 +111,23 @@ fn specification(port: &Port) -> String {
 /// Ends the pasta of a pid file, if there is one.
 pub(super) fn stop(pid_file: &Path) -> Result<(), Error> {
     let pid = fs::read_to_string(pid_file).ok().and_then(|text| text.trim().parse::<i32>().ok());
-    let is_pasta = |pid: i32| {
-        // Its name is that of the variant for this processor.
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        name.starts_with("pasta") || name.starts_with("passt")
-    };
-    if let Some(pid) = pid.filter(|pid| is_pasta(*pid)) {
-        let end = Instant::now() + PATIENCE;
-        for signal in [rustix::process::Signal::TERM, rustix::process::Signal::KILL] {
-            if let Some(pid) = rustix::process::Pid::from_raw(pid) {
-                let _ = rustix::process::kill_process(pid, signal);
-            }
-            while is_pasta(pid) && Instant::now() < end {
-                std::thread::sleep(Duration::from_millis(2));
-            }
-        }
+    let open = |pid| pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok();
+    // Its name is looked at with the descriptor open, when the number cannot become another's.
+    if let Some((pid, process)) = pid.and_then(|pid| Some((pid, open(pid)?)))
+        && is_pasta(pid)
+    {
+        // It keeps nothing that it would have to bring in order, and other signals are held up by its supervisor's mask.
+        let _ = pidfd_send_signal(&process, Signal::KILL);
+        let patience = Timespec::try_from(PATIENCE).ok();
+        let _ = poll(&mut [PollFd::new(&process, PollFlags::IN)], patience.as_ref());
     }
     Ok(store::remove(pid_file)?)
+}
+
+/// Whether a process is pasta, whose name is that of the variant for this processor.
+fn is_pasta(pid: i32) -> bool {
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    name.starts_with("pasta") || name.starts_with("passt")
 }
 
 #[cfg(test)]
