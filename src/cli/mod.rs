@@ -12,6 +12,7 @@ mod listing;
 mod logging;
 mod man;
 pub mod network;
+mod network_relay;
 pub mod volume;
 
 use std::ffi::OsString;
@@ -67,6 +68,8 @@ enum Command {
     Completions(completions::CompletionsArguments),
     Doctor(doctor::DoctorArguments),
     Man(man::ManArguments),
+    #[command(name = crate::container::network::relay::SUBCOMMAND, hide = true)]
+    NetworkRelay(network_relay::RelayArguments),
 }
 
 /// The whole command line as clap knows it, for completions and manual pages.
@@ -105,6 +108,7 @@ pub fn engine() -> ExitCode {
         Some(Command::Completions(arguments)) => completions::run(&arguments),
         Some(Command::Doctor(arguments)) => doctor::run(&arguments),
         Some(Command::Man(arguments)) => man::run(&arguments),
+        Some(Command::NetworkRelay(arguments)) => network_relay::run(arguments),
     };
     end(result, arguments.verbose)
 }

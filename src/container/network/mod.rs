@@ -16,6 +16,7 @@ pub mod netns;
 mod pasta;
 mod plug;
 mod ports;
+pub mod relay;
 mod state;
 mod status;
 mod subnet;
