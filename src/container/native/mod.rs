@@ -275,7 +275,7 @@ impl Native {
         };
         if user_namespace {
             adapt::check_users(&process)?;
-            adapt::for_users(&mut spec);
+            adapt::for_users(&mut spec, &bundle.config.devices)?;
         }
         let afterwards = adapt::for_libcontainer(&mut spec, &self.cgroup)?;
         self.spec = Some(spec.clone());

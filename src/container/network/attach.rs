@@ -13,7 +13,7 @@ use super::netlink::Netlink;
 use super::ports::{self, PortLocks};
 use super::state::{Record, State, TakenPort, short};
 use super::status::{Interface, Status};
-use super::{Networks, netns, pasta};
+use super::{NEEDS_ROOT, Networks, netns, pasta};
 use crate::container::config::{Network, NetworkJoin, NetworkMode, Port};
 use crate::container::roots::run_name;
 use crate::container::store::Lock;
@@ -120,7 +120,7 @@ impl Networks {
                 (None, None) => {}
                 _ => return refuse("a fixed address needs root: without, all containers have the same"),
             },
-            _ => return refuse("networks other than the default one need root"),
+            _ => return refuse(NEEDS_ROOT),
         }
         if request.network.ports.iter().any(|port| port.protocol == "sctp") {
             return refuse("publishing SCTP ports needs root");

@@ -220,9 +220,8 @@ impl Cgroup {
         } else if let Some(part) = self.v2().filter(|part| part.directory.join("cgroup.freeze").exists()) {
             (part.directory.join("cgroup.freeze"), if freeze { "1" } else { "0" }, Some(part))
         } else {
-            return Err(Error::Unsupported {
-                what: "this host has no freezer to pause containers with".into(),
-            });
+            let what = "this host has no freezer to pause the container with";
+            return Err(Error::Unsupported { what: limits::with_way_out(what.into()) });
         };
         let deadline = Instant::now() + END_PATIENCE;
         let mut wait = END_WAIT;
