@@ -13,6 +13,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, setns};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
 
@@ -119,6 +120,11 @@ struct Member {
 /// The process of that number and start, if it lives.
 fn living(pid: i32, started: u64) -> Option<Member> {
     let process = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    if poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&at_once)) != Ok(0) {
+        // It has ended, and nobody has taken note yet.
+        return None;
+    }
     // Asked with the descriptor open, so that the number is still that process's.
     (native::start_ticks(pid) == Some(started)).then_some(Member { pid, _process: process })
 }

@@ -117,8 +117,8 @@ fn own_directory(path: &Path, user: u32) -> Result<(), Error> {
         }
         _ => {}
     }
-    let found = fs::symlink_metadata(path)
-        .map_err(|source| Error::Temporary { path: path.into(), source })?;
+    let found =
+        fs::symlink_metadata(path).map_err(|source| Error::Temporary { path: path.into(), source })?;
     let is_own = found.is_dir() && found.uid() == user && found.mode() & 0o077 == 0;
     if is_own { Ok(()) } else { Err(Error::Foreign(path.into())) }
 }

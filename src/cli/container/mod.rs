@@ -74,7 +74,10 @@ pub fn run(command: &ContainerCommand, roots: &Roots) -> anyhow::Result<ExitCode
     use ContainerCommand::*;
     if matches!(command, Run(_) | Start(_) | Restart(_) | Exec(_)) {
         // It would take itself for the host's root there, and look where that one has its containers.
-        native::protect_own_program(&[(roots::DATA_VARIABLE, &roots.data), (roots::RUN_VARIABLE, &roots.run)])?;
+        native::protect_own_program(&[
+            (roots::DATA_VARIABLE, &roots.data),
+            (roots::RUN_VARIABLE, &roots.run),
+        ])?;
     }
     let records = Records::open(roots)?;
     // What was killed without a chance to clear away is mended by whoever comes next.

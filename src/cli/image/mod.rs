@@ -19,8 +19,8 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
-use crate::image::Store;
 use crate::container::native::has_one_user;
+use crate::image::Store;
 use crate::image::registry::Options;
 
 pub use inspect::describe;

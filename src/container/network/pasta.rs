@@ -86,9 +86,7 @@ pub(super) fn start(side: &Side<'_>, ports: &[Port], dns: &[IpAddr]) -> Result<S
         .stderr(said.try_clone().map_err(failed)?)
         .status();
     let status = status.map_err(|source| match source.kind() {
-        std::io::ErrorKind::NotFound => {
-            Error::Program { program, package: "passt", variable: "PATH" }
-        }
+        std::io::ErrorKind::NotFound => Error::Program { program, package: "passt", variable: "PATH" },
         _ => failed(source),
     })?;
     if !status.success() {

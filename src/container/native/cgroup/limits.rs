@@ -72,7 +72,8 @@ impl Cgroup {
 
     fn needs(&self, limit: &str, controller: &str) -> Result<&Part, Error> {
         self.part(controller).ok_or_else(|| {
-            let what = format!("cannot limit {limit}: this host has no {controller} controller for the container");
+            let what =
+                format!("cannot limit {limit}: this host has no {controller} controller for the container");
             Error::Unsupported { what: with_way_out(what) }
         })
     }
