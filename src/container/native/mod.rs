@@ -43,7 +43,9 @@ use super::spec::{compile_seccomp, compile_seccomp_cached, load_flags};
 
 pub use own::protect_own_program;
 pub use processes::start_ticks;
-pub use rootless::{cgroup_path, enter_user_namespace, has_one_user, is_user_namespace};
+pub use rootless::{
+    cgroup_parent, cgroup_path, enter_user_namespace, has_one_user, is_user_namespace, set_aside,
+};
 
 /// What was made for a container, for whoever has to clear it away.
 const RECORD: &str = "native.json";

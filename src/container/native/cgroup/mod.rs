@@ -57,6 +57,12 @@ impl Hierarchies {
         ))
     }
 
+    /// A group's directory in the version 2 tree.
+    pub(super) fn v2_directory(&self, path: &Path) -> Option<PathBuf> {
+        let mount = &self.v2.as_ref()?.mount;
+        Some(mount.join(path.strip_prefix("/").unwrap_or(path)))
+    }
+
     /// From `/proc/self/mountinfo` (proc_pid_mountinfo(5)). One that is mounted twice counts once, where it is first.
     fn parse(mounts: &str) -> Hierarchies {
         let mut found = Hierarchies::default();
