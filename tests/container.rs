@@ -6,3 +6,4 @@ pub mod home;
 mod life;
 mod network;
 mod table;
+mod terminal;

@@ -95,7 +95,16 @@ pub fn monitor(timeline: Timeline) -> ExitCode {
 
 /// `rvmm-engine`: all subcommands. Errors are printed here.
 pub fn engine() -> ExitCode {
-    let arguments = Arguments::<Command>::parse();
+    let arguments = match Arguments::<Command>::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let is_mistake = error.use_stderr();
+            let code =
+                if is_mistake && names_docker_verb(std::env::args_os().skip(1)) { EXIT_FAILED } else { 2 };
+            let _ = error.print();
+            return if is_mistake { ExitCode::from(code) } else { ExitCode::SUCCESS };
+        }
+    };
     if arguments.command.is_some() {
         logging::start(logging::LogLevel::Warn);
     }
@@ -111,6 +120,17 @@ pub fn engine() -> ExitCode {
         Some(Command::NetworkRelay(arguments)) => network_relay::run(arguments),
     };
     end(result, arguments.verbose)
+}
+
+/// Whether a command line is one of the verbs that users know from Docker, whose exit code for a wrong command line is its
+/// own. For a VM's it is what all programs have.
+fn names_docker_verb(arguments: impl Iterator<Item = OsString>) -> bool {
+    const OTHERS: [&str; 3] = ["completions", "doctor", "man"];
+    let mut verbs = arguments.skip_while(|argument| argument == "--verbose");
+    let verb = verbs.next().unwrap_or_default();
+    let known = command();
+    let found = known.find_subcommand(&verb);
+    found.is_some_and(|found| !OTHERS.contains(&found.get_name()))
 }
 
 /// Does something with this user's containers: root's on the host, or those of a user in namespaces of that user's.
@@ -155,5 +175,21 @@ fn report(error: &anyhow::Error, verbose: bool) {
         let hint = hint.map_or(String::new(), |hint| format!(" ({hint})"));
         let line = format!("{error:#}{hint}").replace('\n', " ");
         eprintln!("rvmm: {}", line.trim_end());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn verbs_of_docker_are_told_from_a_vms_command_line() {
+        let is_verb = |line: &str| names_docker_verb(line.split(' ').map(OsString::from));
+        for line in ["run --bad", "--verbose ps -x", "container ls", "network create", "images"] {
+            assert!(is_verb(line), "{line}");
+        }
+        for line in ["--kernel run", "doctor --bad", "nothing", "", "--bad run"] {
+            assert!(!is_verb(line), "{line}");
+        }
     }
 }

@@ -210,9 +210,12 @@ mod tests {
             let mut incoming = Incoming::default();
             let mut found = vec![];
             for piece in stream.chunks(size) {
-                assert!(incoming.fill(piece).unwrap());
-                while let Some(frame) = incoming.next_frame().unwrap() {
-                    found.push(frame.to_vec());
+                let mut piece = piece;
+                while !piece.is_empty() {
+                    assert!(incoming.fill(&mut piece).unwrap());
+                    while let Some(frame) = incoming.next_frame().unwrap() {
+                        found.push(frame.to_vec());
+                    }
                 }
             }
             assert_eq!(found, frames, "in pieces of {size}");
