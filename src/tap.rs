@@ -7,7 +7,7 @@
 use std::ffi::{CString, c_int, c_short, c_uint};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 /// Length of the header before each packet: with the number of buffers, as virtio 1 has it.
@@ -314,6 +314,11 @@ impl Tap {
     /// The descriptor of queue `index`.
     pub fn fd(&self, index: usize) -> Option<RawFd> {
         self.queues.get(index).map(|queue| queue.fd.as_raw_fd())
+    }
+
+    /// The same, to be read and written: each packet has its header before it.
+    pub fn as_fd(&self, index: usize) -> Option<BorrowedFd<'_>> {
+        self.queues.get(index).map(|queue| queue.fd.as_fd())
     }
 
     /// Says what the host's kernel need not do for packets from here.

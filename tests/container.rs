@@ -2,7 +2,8 @@
 
 mod cases;
 mod faults;
-mod home;
+pub mod home;
 mod life;
 mod network;
 mod table;
+mod terminal;

@@ -14,7 +14,7 @@ const MAY_USE: [(&str, &[&str]); 22] = [
     ("image", &[]),
     ("guest", &[]),
     ("api", &["socket", "vm"]),
-    ("doctor", &["kvm", "vm"]),
+    ("doctor", &["container", "kvm", "vm"]),
     (
         "vm",
         &[

@@ -12,6 +12,7 @@ mod listing;
 mod logging;
 mod man;
 pub mod network;
+mod network_relay;
 pub mod volume;
 
 use std::ffi::OsString;
@@ -19,8 +20,8 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use crate::container::namespace;
 use crate::container::roots::Roots;
-use crate::image::Store;
 use crate::vm::{EXIT_FAILED, Timeline};
 
 /// Boots a Linux guest in a KVM microVM, and tells what this host can do.
@@ -67,6 +68,8 @@ enum Command {
     Completions(completions::CompletionsArguments),
     Doctor(doctor::DoctorArguments),
     Man(man::ManArguments),
+    #[command(name = crate::container::network::relay::SUBCOMMAND, hide = true)]
+    NetworkRelay(network_relay::RelayArguments),
 }
 
 /// The whole command line as clap knows it, for completions and manual pages.
@@ -92,27 +95,62 @@ pub fn monitor(timeline: Timeline) -> ExitCode {
 
 /// `rvmm-engine`: all subcommands. Errors are printed here.
 pub fn engine() -> ExitCode {
-    let arguments = Arguments::<Command>::parse();
+    let arguments = match Arguments::<Command>::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let is_mistake = error.use_stderr();
+            let code =
+                if is_mistake && names_docker_verb(std::env::args_os().skip(1)) { EXIT_FAILED } else { 2 };
+            let _ = error.print();
+            return if is_mistake { ExitCode::from(code) } else { ExitCode::SUCCESS };
+        }
+    };
     if arguments.command.is_some() {
         logging::start(logging::LogLevel::Warn);
     }
     let result = match arguments.command {
         None => boot::run(arguments.boot, Timeline::start()),
-        Some(Command::Container(command)) => container::run(&command),
-        Some(Command::Image(command)) => Roots::find_images()
-            .map_err(Into::into)
-            .and_then(|place| image::run(command, &Store::open(&place)?)),
+        Some(Command::Container(command)) => on_roots(|roots| container::run(&command, roots)),
+        Some(Command::Image(command)) => on_image_roots(|roots| image::run(command, &roots.images())),
         Some(Command::Network(command)) => on_roots(|roots| network::run(&command, &roots.data, &roots.run)),
         Some(Command::Volume(command)) => on_roots(|roots| volume::run(&command, &roots.data)),
         Some(Command::Completions(arguments)) => completions::run(&arguments),
         Some(Command::Doctor(arguments)) => doctor::run(&arguments),
         Some(Command::Man(arguments)) => man::run(&arguments),
+        Some(Command::NetworkRelay(arguments)) => network_relay::run(arguments),
     };
     end(result, arguments.verbose)
 }
 
+/// Whether a command line is one of the verbs that users know from Docker, whose exit code for a wrong command line is its
+/// own. For a VM's it is what all programs have.
+fn names_docker_verb(arguments: impl Iterator<Item = OsString>) -> bool {
+    const OTHERS: [&str; 3] = ["completions", "doctor", "man"];
+    let mut verbs = arguments.skip_while(|argument| argument == "--verbose");
+    let verb = verbs.next().unwrap_or_default();
+    let known = command();
+    let found = known.find_subcommand(&verb);
+    found.is_some_and(|found| !OTHERS.contains(&found.get_name()))
+}
+
+/// Does something with this user's containers: root's on the host, or those of a user in namespaces of that user's.
 fn on_roots(work: impl FnOnce(&Roots) -> anyhow::Result<ExitCode>) -> anyhow::Result<ExitCode> {
-    work(&Roots::find()?)
+    let roots = Roots::find()?;
+    namespace::enter(&roots)?;
+    let result = work(&roots);
+    namespace::leave(&roots);
+    result
+}
+
+/// The same with images, which a user can keep on a host without user namespaces too.
+fn on_image_roots(work: impl FnOnce(&Roots) -> anyhow::Result<ExitCode>) -> anyhow::Result<ExitCode> {
+    let roots = Roots::find()?;
+    if let Err(error) = namespace::enter(&roots) {
+        tracing::debug!("{}", crate::error_chain(&error));
+    }
+    let result = work(&roots);
+    namespace::leave(&roots);
+    result
 }
 
 fn end(result: anyhow::Result<ExitCode>, verbose: bool) -> ExitCode {
@@ -137,5 +175,21 @@ fn report(error: &anyhow::Error, verbose: bool) {
         let hint = hint.map_or(String::new(), |hint| format!(" ({hint})"));
         let line = format!("{error:#}{hint}").replace('\n', " ");
         eprintln!("rvmm: {}", line.trim_end());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn verbs_of_docker_are_told_from_a_vms_command_line() {
+        let is_verb = |line: &str| names_docker_verb(line.split(' ').map(OsString::from));
+        for line in ["run --bad", "--verbose ps -x", "container ls", "network create", "images"] {
+            assert!(is_verb(line), "{line}");
+        }
+        for line in ["--kernel run", "doctor --bad", "nothing", "", "--bad run"] {
+            assert!(!is_verb(line), "{line}");
+        }
     }
 }

@@ -12,7 +12,7 @@ use super::config::ContainerConfig;
 use super::files::Lock;
 use super::records::{self, Records, short};
 use super::supervisor::protocol::{Event, Request};
-use super::{fork, prepare, supervisor};
+use super::{fork, namespace, prepare, supervisor};
 
 /// How long removing waits for a supervisor's last steps.
 const LAST_STEPS: Duration = Duration::from_secs(60);
@@ -83,8 +83,13 @@ pub fn start(
     let log = records.roots().container_run(id).join("supervisor.log");
     let config = record.config;
     fork::detach(&log, || {
+        // Before anything else, so that the next command comes to where this one's mounts are.
+        if let Err(error) = namespace::note(records.roots()) {
+            tracing::error!("{}", crate::error_chain(&error));
+        }
         let first = supervisor::First { stream: its, attach, window };
         supervisor::supervise(records, config, life, first);
+        namespace::leave(records.roots());
     })
     .map_err(Error::Fork)?;
     Ok(Starting { connection })

@@ -9,6 +9,7 @@ mod fork;
 pub mod life;
 pub mod log;
 pub mod microvm;
+pub mod namespace;
 pub mod native;
 pub mod network;
 pub mod prepare;

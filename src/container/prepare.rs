@@ -112,7 +112,9 @@ pub fn prepare(records: &Records, config: &ContainerConfig) -> Result<Prepared, 
         Namespace::Own(path) if matches!(config.network.mode, NetworkMode::Networks(_)) => {
             let networks = Networks::new(&roots.data, &roots.run);
             let (id, name) = (config.id.as_str(), config.name.as_str());
-            Some(networks.setup(&network::Request { id, name, netns: path, network: &config.network })?)
+            let guest = config.isolation == Isolation::Microvm;
+            let network = &config.network;
+            Some(networks.setup(&network::Request { id, name, netns: path, network, guest })?)
         }
         _ => None,
     };
@@ -149,7 +151,10 @@ pub fn prepare(records: &Records, config: &ContainerConfig) -> Result<Prepared, 
         hostname_file: file("hostname", &format!("{hostname}\n"))?,
         volumes: &volumes,
         secrets: Some(Native::secrets_directory(&run)),
-        cgroup: Path::new("/rvmm").join(&config.id),
+        cgroup: match config.isolation {
+            Isolation::Native => native::cgroup_path(&config.id),
+            Isolation::Microvm => Path::new("/rvmm").join(&config.id),
+        },
         available: available(config),
         kernel: if native { spec::kernel_version() } else { GUEST_KERNEL },
     })?;

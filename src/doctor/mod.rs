@@ -1,5 +1,6 @@
 //! What this host can do for rvmm: plain data first ([`Report`]), words and colours after ([`render`]).
 
+mod containers;
 mod kvm;
 pub mod render;
 mod system;
@@ -95,6 +96,9 @@ pub fn examine() -> Report {
     checks.push(system::seccomp());
     checks.push(system::user_namespaces());
     checks.push(user::tools());
+    checks.push(containers::tools());
+    checks.push(containers::sub_users());
+    checks.push(containers::delegation());
     Report::new(found.kind.map(|kind| kind.to_string()), checks)
 }
 

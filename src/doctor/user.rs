@@ -105,7 +105,7 @@ pub fn tools() -> Check {
     tools_by(&|name| directories.iter().any(|directory| is_program(&directory.join(name))))
 }
 
-fn is_program(path: &Path) -> bool {
+pub(super) fn is_program(path: &Path) -> bool {
     path.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
 }
 

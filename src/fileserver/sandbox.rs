@@ -93,7 +93,11 @@ pub(super) fn enter(folder: OwnedFd, options: &Options) -> Result<Inside, Error>
     drop(folder);
     if many_owners {
         nix::sched::unshare(CloneFlags::CLONE_NEWNS).step("make a mount namespace")?;
-        rustix::thread::set_thread_groups(&[]).step("leave all groups")?;
+        match rustix::thread::set_thread_groups(&[]) {
+            // In a namespace of one user groups cannot be left, so that nobody gets around what a group is kept from.
+            Err(Errno::PERM) if groups_are_fixed() => {}
+            result => result.step("leave all groups")?,
+        }
     } else {
         become_root_of_nothing()?;
     }
@@ -102,6 +106,10 @@ pub(super) fn enter(folder: OwnedFd, options: &Options) -> Result<Inside, Error>
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).step("hide from debuggers")?;
     rustix::thread::set_no_new_privs(true).step("renounce privileges")?;
     Ok(Inside { root, proc, many_owners, fds_max })
+}
+
+fn groups_are_fixed() -> bool {
+    std::fs::read_to_string("/proc/self/setgroups").is_ok_and(|setting| setting.trim() == "deny")
 }
 
 /// The capabilities that keeping owners, modes and times of files takes.

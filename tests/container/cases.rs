@@ -48,11 +48,6 @@ fn refused(name: &'static str, options: &[&'static str], why: &'static str) -> C
     Case { refused: true, ..case(name, options, &["true"]).code(125).out("").error(why) }
 }
 
-/// One that the command line itself refuses, which has a code of its own in all of rvmm.
-fn misused(name: &'static str, options: &[&'static str], why: &'static str) -> Case {
-    refused(name, options, why).code(2)
-}
-
 impl Case {
     fn out(mut self, text: &str) -> Case {
         self.stdout = Want::Is(text.into());
@@ -455,9 +450,9 @@ fn machine() -> Vec<Case> {
 
 fn refusals() -> Vec<Case> {
     vec![
-        misused("a flag that is not there", &["--no-such-flag"], "no-such-flag"),
+        refused("a flag that is not there", &["--no-such-flag"], "no-such-flag"),
         refused("too little memory", &["--memory", "1M"], "6 MiB"),
-        misused("a size that is none", &["--memory", "lots"], "lots"),
+        refused("a size that is none", &["--memory", "lots"], "lots"),
         refused("less swap than memory", &["--memory", "64M", "--memory-swap", "32M"], "memory-swap"),
         refused("a capability that is not there", &["--cap-add", "FLY"], "FLY"),
         refused("a security option that is not there", &["--security-opt", "magic"], "magic"),
@@ -473,7 +468,7 @@ fn refusals() -> Vec<Case> {
         refused("a secret that is not there", &["--secret", "id=x,src={DIR}/none"], "none"),
         refused("a name that is none", &["--name", "a/b"], "a/b"),
         refused("a signal that is not there", &["--stop-signal", "SIGNOT"], "SIGNOT"),
-        misused("a limit that is not there", &["--ulimit", "nothing=1"], "nothing"),
+        refused("a limit that is not there", &["--ulimit", "nothing=1"], "nothing"),
         refused("a kernel parameter of the host", &["--sysctl", "kernel.panic=1"], "kernel.panic"),
         refused("a port without a network", &["-p", "80:80"], "publish"),
     ]

@@ -193,20 +193,7 @@ impl Home {
 
     /// Processes that belong to these roots: by their environment, or their directory in it.
     pub fn processes(&self) -> Vec<(i32, String)> {
-        let root = self.directory.path().to_str().expect("a path").as_bytes();
-        let mut found = vec![];
-        for entry in fs::read_dir("/proc").expect("/proc").flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
-                continue;
-            };
-            let read = |name: &str| fs::read(entry.path().join(name)).unwrap_or_default();
-            let (line, environment) = (read("cmdline"), read("environ"));
-            let has = |text: &[u8]| text.windows(root.len()).any(|window| window == root);
-            if has(&line) || has(&environment) {
-                found.push((pid, String::from_utf8_lossy(&line).replace('\0', " ")));
-            }
-        }
-        found
+        processes_of(self.directory.path())
     }
 
     /// Control groups of containers of these roots.
@@ -251,6 +238,24 @@ impl Drop for Home {
     }
 }
 
+/// Processes that have a directory in their environment or arguments.
+pub fn processes_of(directory: &Path) -> Vec<(i32, String)> {
+    let root = directory.to_str().expect("a path").as_bytes();
+    let mut found = vec![];
+    for entry in fs::read_dir("/proc").expect("/proc").flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+            continue;
+        };
+        let read = |name: &str| fs::read(entry.path().join(name)).unwrap_or_default();
+        let (line, environment) = (read("cmdline"), read("environ"));
+        let has = |text: &[u8]| text.windows(root.len()).any(|window| window == root);
+        if has(&line) || has(&environment) {
+            found.push((pid, String::from_utf8_lossy(&line).replace('\0', " ")));
+        }
+    }
+    found
+}
+
 /// Waits for a program with input; one that hangs is killed and is an error.
 pub fn finish(mut child: Child, input: &[u8], what: &[&str]) -> Ran {
     let (mut stdout, mut stderr) =
@@ -287,7 +292,7 @@ pub fn finish(mut child: Child, input: &[u8], what: &[&str]) -> Ran {
 }
 
 /// An archive as `docker save` writes it, with busybox under all of its names and a few users; made once.
-fn archive() -> Option<&'static Path> {
+pub fn archive() -> Option<&'static Path> {
     static ARCHIVE: OnceLock<Option<tempfile::TempDir>> = OnceLock::new();
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     let directory = ARCHIVE.get_or_init(make_archive).as_ref()?;

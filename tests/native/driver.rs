@@ -79,7 +79,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 fn main() {
     if std::env::var_os("RVMM_DRIVER_PROTECT").is_some() {
-        protect_own_program().unwrap_or_else(|error| panic!("{}", rvmm::error_chain(&error)));
+        protect_own_program(&[]).unwrap_or_else(|error| panic!("{}", rvmm::error_chain(&error)));
     }
     let mut arguments = std::env::args().skip(1);
     match arguments.next().as_deref() {

@@ -18,7 +18,9 @@ fn connect_until_killed() {
     let (id, netns) = (id("killed"), directory.join("netns-killed"));
     println!("connecting");
     loop {
-        networks.setup(&Request { id: &id, name: "killed", netns: &netns, network: &wanted }).unwrap();
+        networks
+            .setup(&Request { id: &id, name: "killed", netns: &netns, network: &wanted, guest: false })
+            .unwrap();
         networks.teardown(&id).unwrap();
     }
 }

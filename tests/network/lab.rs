@@ -76,7 +76,7 @@ impl Lab {
 
     pub fn connect(&self, container: &Container, network: &Network) -> Result<Attachment, Error> {
         let Container { id, name, netns } = container;
-        self.networks.setup(&Request { id, name, netns, network })
+        self.networks.setup(&Request { id, name, netns, network, guest: false })
     }
 
     /// A container on these networks.

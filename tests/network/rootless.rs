@@ -18,8 +18,9 @@ fn connect_as_user() {
     let networks = Networks::new(&directory.join("data"), &directory.join("run"));
     let (id, path) = (id("user"), directory.join("netns"));
     let mut wanted = on(&["web"]);
-    let setup =
-        |wanted: &_| networks.setup(&Request { id: &id, name: "user", netns: &path, network: wanted });
+    let setup = |wanted: &_| {
+        networks.setup(&Request { id: &id, name: "user", netns: &path, network: wanted, guest: false })
+    };
     assert!(setup(&wanted).is_err(), "a network other than the default one");
     wanted = on(&["bridge"]);
     wanted.ports = vec![port(0, 80, "tcp")];

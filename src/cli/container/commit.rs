@@ -8,7 +8,7 @@ use crate::container::config::{ContainerConfig, Isolation};
 use crate::container::records::Records;
 use crate::container::state::Status;
 use crate::container::supervisor::protocol::Request;
-use crate::container::{life, prepare};
+use crate::container::{life, native, prepare};
 use crate::image::{Change, Commit, Image, Reference, commit};
 
 /// Make an image of a container's changes
@@ -29,9 +29,9 @@ pub struct CommitArguments {
     /// WORKDIR
     #[arg(short, long, value_name = "INSTRUCTION", value_parser = change)]
     change: Vec<Change>,
-    /// Stop the container's processes meanwhile
-    #[arg(short, long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
-    pause: bool,
+    /// Stop the container's processes meanwhile [default: true, where that can be done]
+    #[arg(short, long, value_name = "BOOL", action = clap::ArgAction::Set)]
+    pause: Option<bool>,
     /// The container
     container: String,
     /// The image's name
@@ -81,9 +81,14 @@ pub fn run(arguments: &CommitArguments, records: &Records) -> anyhow::Result<Exi
             empty.path().to_owned()
         }
     };
-    let pauses = arguments.pause && record.state.status == Status::Running;
-    if pauses {
-        life::call(records, &id, &Request::Pause)?;
+    let mut pauses = arguments.pause.unwrap_or(true) && record.state.status == Status::Running;
+    if pauses && let Err(error) = life::call(records, &id, &Request::Pause) {
+        if arguments.pause.is_some() || !native::is_user_namespace() {
+            return Err(error.into());
+        }
+        // A user without control groups.
+        tracing::warn!("the container goes on meanwhile: {}", crate::error_chain(&error));
+        pauses = false;
     }
     let made = commit(&store, &image, &upper, &what, &names);
     if pauses {

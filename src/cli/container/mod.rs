@@ -24,7 +24,7 @@ use std::process::ExitCode;
 use crate::container::life;
 use crate::container::native;
 use crate::container::records::Records;
-use crate::container::roots::Roots;
+use crate::container::roots::{self, Roots};
 
 /// Subcommands about containers.
 #[derive(clap::Subcommand)]
@@ -70,12 +70,16 @@ pub enum ManageCommand {
 }
 
 /// Runs one of them.
-pub fn run(command: &ContainerCommand) -> anyhow::Result<ExitCode> {
+pub fn run(command: &ContainerCommand, roots: &Roots) -> anyhow::Result<ExitCode> {
     use ContainerCommand::*;
-    if matches!(command, Run(_) | Start(_) | Restart(_) | Exec(_)) && nix::unistd::geteuid().is_root() {
-        native::protect_own_program()?;
+    if matches!(command, Run(_) | Start(_) | Restart(_) | Exec(_)) {
+        // It would take itself for the host's root there, and look where that one has its containers.
+        native::protect_own_program(&[
+            (roots::DATA_VARIABLE, &roots.data),
+            (roots::RUN_VARIABLE, &roots.run),
+        ])?;
     }
-    let records = Records::open(&Roots::find()?)?;
+    let records = Records::open(roots)?;
     // What was killed without a chance to clear away is mended by whoever comes next.
     life::mend_all(&records)?;
     match command {

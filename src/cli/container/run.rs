@@ -13,6 +13,7 @@ use crate::container::client::Connection;
 use crate::container::config::ContainerConfig;
 use crate::container::life;
 use crate::container::records::Records;
+use crate::container::roots;
 use crate::image;
 use crate::image::store::{Image, Store};
 
@@ -111,7 +112,7 @@ pub fn create(arguments: &CreateArguments, records: &Records) -> anyhow::Result<
 
 fn make(options: &ContainerOptions, records: &Records) -> anyhow::Result<ContainerConfig> {
     let store = Store::open(&records.roots().images())?;
-    let image = find_image(&store, options)?;
+    let image = find_image(&store, options, records)?;
     let facts = ImageFacts {
         name: &options.image,
         id: &image.id.to_string(),
@@ -151,7 +152,7 @@ fn make(options: &ContainerOptions, records: &Records) -> anyhow::Result<Contain
 }
 
 /// The image, fetched if need be by a process of its own: fetching takes threads, and what follows must have one.
-fn find_image(store: &Store, options: &ContainerOptions) -> anyhow::Result<Image> {
+fn find_image(store: &Store, options: &ContainerOptions, records: &Records) -> anyhow::Result<Image> {
     let found = match options.pull {
         Pull::Always => None,
         Pull::Missing | Pull::Never => find(store, &options.image)?,
@@ -162,7 +163,10 @@ fn find_image(store: &Store, options: &ContainerOptions) -> anyhow::Result<Image
             bail!("there is no image {:?} here, and --pull never keeps it from being fetched", options.image)
         }
         None => {
+            let roots = records.roots();
             let status = std::process::Command::new(engine_program::path()?)
+                .env(roots::DATA_VARIABLE, &roots.data)
+                .env(roots::RUN_VARIABLE, &roots.run)
                 .args(["pull", "--", &options.image])
                 .stdout(std::process::Stdio::null())
                 .status()

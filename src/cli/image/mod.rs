@@ -14,10 +14,12 @@ mod table;
 mod tag;
 
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
+use crate::container::native::has_one_user;
 use crate::image::Store;
 use crate::image::registry::Options;
 
@@ -73,8 +75,13 @@ impl RegistryArguments {
     }
 }
 
-/// Does what a verb says.
-pub fn run(command: ImageCommand, store: &Store) -> anyhow::Result<ExitCode> {
+/// Does what a verb says, with the image store at `place`.
+pub fn run(command: ImageCommand, place: &Path) -> anyhow::Result<ExitCode> {
+    use ImageCommand::{Image, Load, Pull};
+    if matches!(command, Pull(_) | Load(_) | Image(ManageCommand::Pull(_) | ManageCommand::Load(_))) {
+        warn_of_one_user();
+    }
+    let store = &Store::open(place)?;
     match command {
         ImageCommand::Pull(arguments) | ImageCommand::Image(ManageCommand::Pull(arguments)) => {
             pull::run(&arguments, store)
@@ -101,6 +108,16 @@ pub fn run(command: ImageCommand, store: &Store) -> anyhow::Result<ExitCode> {
         ImageCommand::Image(ManageCommand::Inspect(arguments)) => inspect::run(&arguments, store),
         ImageCommand::Login(arguments) => login::run(&arguments),
         ImageCommand::Logout(arguments) => logout::run(&arguments),
+    }
+}
+
+/// Says what is missing to a user whom the host has given no others, before an image is unpacked.
+fn warn_of_one_user() {
+    if has_one_user() {
+        tracing::warn!(
+            "/etc/subuid and /etc/subgid set no users aside for you: all files of images will be root's in a container, and it \
+             has no other user (an administrator can run `usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER`)"
+        );
     }
 }
 

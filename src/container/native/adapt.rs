@@ -1,6 +1,6 @@
 //! Changes to a `Spec` before libcontainer gets it: what it would make wrong of, and what cannot be had without root.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Mount, MountBuilder, Process, Spec};
 use rustix::mount::MountPropagationFlags;
@@ -8,6 +8,7 @@ use rustix::mount::MountPropagationFlags;
 use super::cgroup::Cgroup;
 use super::{missing, rootless};
 use crate::container::backend::Error;
+use crate::container::config::Device;
 
 /// What is left to do with a container's mounts when all of them are there.
 #[derive(Default)]
@@ -72,8 +73,9 @@ pub(super) fn check_users(process: &Process) -> Result<(), Error> {
     })
 }
 
-/// Leaves out what only the host's root can do.
-pub(super) fn for_users(spec: &mut Spec) {
+/// Leaves out what only the host's root can do, or does it otherwise. `devices` are those that the user wants.
+pub(super) fn for_users(spec: &mut Spec, devices: &[Device]) -> Result<(), Error> {
+    mount_devices(spec, devices)?;
     let host_network = {
         let list = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
         !list.into_iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::Network)
@@ -95,6 +97,31 @@ pub(super) fn for_users(spec: &mut Spec) {
         // It names groups, and most are not there.
         sysctl.remove("net.ipv4.ping_group_range");
     }
+    Ok(())
+}
+
+/// Mounts devices that have another name in the container. Nodes cannot be made, so libcontainer mounts what has the same
+/// name on the host; and it does so with all others, too.
+fn mount_devices(spec: &mut Spec, wanted: &[Device]) -> Result<(), Error> {
+    let Some(nodes) = spec.linux_mut().as_mut().and_then(|linux| linux.devices_mut().as_mut()) else {
+        return Ok(());
+    };
+    let mut mounts = vec![];
+    for node in nodes.iter() {
+        let within = |device: &&Device| node.path().starts_with(&device.container);
+        let Some(device) = wanted.iter().rev().find(within) else { continue };
+        let rest = node.path().strip_prefix(&device.container).unwrap_or(Path::new(""));
+        let host = if rest.as_os_str().is_empty() { device.host.clone() } else { device.host.join(rest) };
+        if host != *node.path() {
+            let options = ["bind", "nosuid", "noexec"].map(str::to_owned).to_vec();
+            let mount = MountBuilder::default().typ("bind").source(host).destination(node.path().clone());
+            let failed = |source| Error::failed("cannot mount a device", source);
+            mounts.push(mount.options(options).build().map_err(failed)?);
+        }
+    }
+    nodes.retain(|node| mounts.iter().all(|mount: &Mount| mount.destination() != node.path()));
+    spec.mounts_mut().get_or_insert_with(Vec::new).extend(mounts);
+    Ok(())
 }
 
 /// What a container sees of control groups of version 1: its own, read-only unless it is privileged.

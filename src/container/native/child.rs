@@ -27,6 +27,7 @@ use tracing::subscriber::{NoSubscriber, with_default};
 
 use super::cgroup::Cgroup;
 use super::program::{Plan, Program, Report, die_with_parent};
+use super::rootless;
 use super::streams::{self, Ends, Pending};
 use super::sys;
 use crate::container::backend::{Error, Streams};
@@ -143,6 +144,14 @@ pub(super) fn exec(
     let mut channels = Channels::new()?;
 
     let v2 = target.cgroup.open_v2();
+    let refused = |source: io::Error| {
+        if source.kind() != io::ErrorKind::PermissionDenied || !rootless::is_user_namespace() {
+            return Error::failed("cannot make a process for the container", source);
+        }
+        let what = "cannot put a process into the container's control group: this session is outside of the part of the tree \
+                    that is yours (start rvmm by `systemd-run --user --scope -p Delegate=yes`, as the container was)";
+        Error::failed(what, source)
+    };
     let entering = sys::spawn(0, v2.as_ref().map(File::as_fd), || {
         let body = || {
             if !join(target.cgroup, v2.is_none(), &plan) || !wait_go(&its_go) {
@@ -168,7 +177,7 @@ pub(super) fn exec(
         };
         with_default(NoSubscriber::default(), body)
     })
-    .map_err(|source| Error::failed("cannot make a process for the container", source))?;
+    .map_err(refused)?;
 
     drop((its_go, ends, args, plan));
     let mut report = File::from(report);

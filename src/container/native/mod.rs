@@ -42,7 +42,10 @@ use super::config::Secret;
 use super::spec::{compile_seccomp, compile_seccomp_cached, load_flags};
 
 pub use own::protect_own_program;
-pub use rootless::{cgroup_path, enter_user_namespace};
+pub use processes::start_ticks;
+pub use rootless::{
+    cgroup_parent, cgroup_path, enter_user_namespace, has_one_user, is_user_namespace, set_aside,
+};
 
 /// What was made for a container, for whoever has to clear it away.
 const RECORD: &str = "native.json";
@@ -100,7 +103,7 @@ pub fn mount_layers(layers: &[PathBuf], writable: &Path, target: &Path) -> Resul
 }
 
 fn mount(layers: &[PathBuf], writable: &Path, target: &Path, volatile: bool) -> Result<(), Error> {
-    let user_namespace = rootless::in_user_namespace();
+    let user_namespace = rootless::is_user_namespace();
     let overlay = rootfs::Overlay { layers, writable, target, user_namespace, volatile };
     rootfs::mount_overlay(&overlay).map_err(|source| {
         Error::failed(format!("cannot mount {} layers at {target:?}", layers.len()), source)
@@ -140,6 +143,12 @@ pub fn clear_away(directory: &Path, cgroup: &Path) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// The first process that was recorded in a bundle's directory, and when it was started ([`start_ticks`]).
+pub fn recorded_process(directory: &Path) -> Option<(i32, u64)> {
+    let record = Native::new(directory).read_record().ok()??;
+    Some((record.pid?, record.start_ticks?))
 }
 
 /// A process of `exec`, shared by the container and whoever asked for it.
@@ -241,7 +250,7 @@ impl Native {
     /// All but the record, which the caller has written.
     fn make(&mut self, bundle: &Bundle, record: &mut Record) -> Result<Streams, Error> {
         let mut spec = bundle.spec.clone();
-        let user_namespace = rootless::in_user_namespace();
+        let user_namespace = rootless::is_user_namespace();
         if !bundle.layers.is_empty() {
             mount_rootfs(bundle)?;
         }
@@ -268,7 +277,7 @@ impl Native {
         };
         if user_namespace {
             adapt::check_users(&process)?;
-            adapt::for_users(&mut spec);
+            adapt::for_users(&mut spec, &bundle.config.devices)?;
         }
         let afterwards = adapt::for_libcontainer(&mut spec, &self.cgroup)?;
         self.spec = Some(spec.clone());

@@ -36,7 +36,7 @@ fn parse_stat(text: &str) -> Option<Stat> {
 }
 
 /// When a process was started, in clock ticks after boot: with its number, what tells it from all others.
-pub(super) fn start_ticks(pid: i32) -> Option<u64> {
+pub fn start_ticks(pid: i32) -> Option<u64> {
     Some(stat(pid)?.start_ticks)
 }
 

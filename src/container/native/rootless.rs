@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use rustix::mount::{MountPropagationFlags, mount_change};
@@ -13,6 +13,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, WaitOptions, getgid, getuid, waitpid};
 use rustix::thread::UnshareFlags;
 
+use super::cgroup::Hierarchies;
 use super::{child, sys};
 use crate::container::backend::Error;
 
@@ -32,9 +33,7 @@ pub fn enter_user_namespace() -> Result<(), Error> {
     }
     child::check_single_thread()?;
     let (uid, gid) = (getuid().as_raw(), getgid().as_raw());
-    let name = user_name(uid);
-    let ranges = |path: &str| sub_ranges(&read(path), name.as_deref(), uid);
-    let (users, groups) = (ranges("/etc/subuid"), ranges("/etc/subgid"));
+    let (users, groups) = ranges_of(uid);
     if users.is_empty() || groups.is_empty() {
         unshare(UnshareFlags::NEWUSER)?;
         let write = |file: &str, text: String| {
@@ -52,6 +51,20 @@ pub fn enter_user_namespace() -> Result<(), Error> {
     mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC).map_err(|source| {
         Error::failed("cannot take the mounts for this process alone", io::Error::from(source))
     })
+}
+
+/// The users and groups that are set aside for a user.
+fn ranges_of(uid: u32) -> (Vec<Range>, Vec<Range>) {
+    let name = user_name(uid);
+    let ranges = |path: &str| sub_ranges(&read(path), name.as_deref(), uid);
+    (ranges("/etc/subuid"), ranges("/etc/subgid"))
+}
+
+/// How many users and groups the host has set aside for this one.
+pub fn set_aside() -> (u64, u64) {
+    let (users, groups) = ranges_of(getuid().as_raw());
+    let count = |ranges: &[Range]| ranges.iter().map(|(_, count)| u64::from(*count)).sum();
+    (count(&users), count(&groups))
 }
 
 fn unshare(what: UnshareFlags) -> Result<(), Error> {
@@ -135,10 +148,15 @@ fn read(path: &str) -> String {
 }
 
 /// Whether this process's users are not the host's.
-pub(super) fn in_user_namespace() -> bool {
+pub fn is_user_namespace() -> bool {
     let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     let words: Vec<&str> = map.split_whitespace().collect();
     !words.is_empty() && words != ["0", "0", "4294967295"]
+}
+
+/// Whether the only user here is this one, since the host has set none aside for it.
+pub fn has_one_user() -> bool {
+    is_user_namespace() && !has_user(1)
 }
 
 /// Whether a user's number means something here.
@@ -161,15 +179,25 @@ fn is_mapped(path: &str, id: u32) -> bool {
 
 /// The control group for a container: `/rvmm/ID` for root; else beside this process's own, where a service manager has
 /// given that part of the tree to the user.
-pub fn cgroup_path(id: &str) -> std::path::PathBuf {
+pub fn cgroup_path(id: &str) -> PathBuf {
     let root = Path::new("/rvmm").join(id);
-    if !in_user_namespace() && getuid().is_root() {
+    if !is_user_namespace() && getuid().is_root() {
         return root;
     }
-    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let own = own.lines().find_map(|line| line.strip_prefix("0::")).map(Path::new);
-    let parent = own.and_then(Path::parent).filter(|parent| parent.parent().is_some());
-    parent.map_or(root, |parent| parent.join(format!("rvmm-{id}")))
+    own_parent().map_or(root, |parent| parent.join(format!("rvmm-{id}")))
+}
+
+/// The group above this process's own in the version 2 tree, unless it is the whole tree.
+fn own_parent() -> Option<PathBuf> {
+    let own = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let own = own.lines().find_map(|line| line.strip_prefix("0::")).map(Path::new)?;
+    own.parent().filter(|parent| parent.parent().is_some()).map(Path::to_path_buf)
+}
+
+/// The directory that a user's containers have their groups in, if there is a version 2 tree.
+pub fn cgroup_parent() -> Option<PathBuf> {
+    let parent = own_parent()?;
+    Hierarchies::find().ok()?.v2_directory(&parent)
 }
 
 #[cfg(test)]

@@ -13,8 +13,9 @@ use super::netlink::Netlink;
 use super::ports::{self, PortLocks};
 use super::state::{Record, State, TakenPort, short};
 use super::status::{Interface, Status};
-use super::{Networks, netns, pasta};
+use super::{NEEDS_ROOT, Networks, netns, pasta};
 use crate::container::config::{Network, NetworkJoin, NetworkMode, Port};
+use crate::container::roots::run_name;
 use crate::container::store::Lock;
 
 /// The default route through the first network has this metric, and the next ones have more.
@@ -31,6 +32,8 @@ pub struct Request<'a> {
     pub netns: &'a Path,
     /// What it wants: [`NetworkMode::Networks`], the other modes need nothing here.
     pub network: &'a Network,
+    /// Whether the namespace is a microVM's, which a tap will be plugged into ([`super::plug_tap`]).
+    pub guest: bool,
 }
 
 /// A connected container.
@@ -117,7 +120,7 @@ impl Networks {
                 (None, None) => {}
                 _ => return refuse("a fixed address needs root: without, all containers have the same"),
             },
-            _ => return refuse("networks other than the default one need root"),
+            _ => return refuse(NEEDS_ROOT),
         }
         if request.network.ports.iter().any(|port| port.protocol == "sctp") {
             return refuse("publishing SCTP ports needs root");
@@ -147,12 +150,22 @@ impl Networks {
         drop(locks);
         let mac = random_mac()?;
         let pid_file = self.pid_file(request.id);
-        starting.rootless = Some(pasta::start(request.netns, &ports, &request.network.dns, &mac, &pid_file)?);
+        let side = pasta::Side {
+            netns: request.netns,
+            socket: request.guest.then(|| self.passt_socket(request.id)),
+            mac: &mac,
+            pid_file: &pid_file,
+        };
+        starting.rootless = Some(pasta::start(&side, &ports, &request.network.dns)?);
         Ok(starting)
     }
 
     fn pid_file(&self, id: &str) -> PathBuf {
         self.run_directory().join(format!("pasta-{id}.pid"))
+    }
+
+    fn passt_socket(&self, id: &str) -> PathBuf {
+        self.run_directory().join(format!("passt-{}.sock", run_name(id)))
     }
 
     /// The networks of a container, each once. The default one is made when it is first wanted.
@@ -217,7 +230,7 @@ impl Networks {
     /// Undoes what netavark did, or had begun to do.
     fn disconnect(&self, record: &Record) -> Result<(), Error> {
         if record.rootless {
-            return pasta::stop(&self.pid_file(&record.id));
+            return pasta::stop(&self.pid_file(&record.id), &self.passt_socket(&record.id));
         }
         let others: Vec<Record> =
             self.records().all()?.into_iter().filter(|other| other.id != record.id).collect();

@@ -133,6 +133,15 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The relay between a tap and passt.
+    #[error("cannot {what}")]
+    Relay {
+        /// What was being done.
+        what: &'static str,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
     /// A network namespace.
     #[error("cannot {what} the network namespace {path}")]
     Namespace {

@@ -16,6 +16,7 @@ pub mod netns;
 mod pasta;
 mod plug;
 mod ports;
+pub mod relay;
 mod state;
 mod status;
 mod subnet;
@@ -37,6 +38,10 @@ use self::definition::Definitions;
 use self::state::{Record, Records, State};
 use super::config::{Isolation, Network, NetworkMode};
 use super::store;
+
+/// Why users without root have one network.
+const NEEDS_ROOT: &str = "networks other than \"bridge\" need root: without, each container is alone with its way out (publish \
+                          ports, or share one network by --network container:NAME)";
 
 /// All networks of a host.
 #[derive(Clone, Debug)]
@@ -104,6 +109,9 @@ impl Networks {
 
     /// Makes a network. Nothing happens on the host before a container is on it.
     pub fn create(&self, options: &CreateOptions) -> Result<Definition, Error> {
+        if pasta::is_needed() {
+            return Err(Error::Mode(NEEDS_ROOT.into()));
+        }
         let _lock = self.lock()?;
         self.definitions().create(options)
     }

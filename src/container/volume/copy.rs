@@ -165,15 +165,16 @@ impl Copy<'_> {
     }
 }
 
+/// Whether this is the host's root, from whom nothing is withheld.
 fn is_root() -> bool {
-    rustix::process::geteuid().is_root()
+    rustix::process::geteuid().is_root() && !crate::container::native::is_user_namespace()
 }
 
 fn set_owner(to: BorrowedFd<'_>, path: &Path, stat: &Stat) -> io::Result<()> {
     let (owner, group) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
     match chownat(to, path, Some(owner), Some(group), AtFlags::SYMLINK_NOFOLLOW) {
         // Users own what they copy.
-        Err(Errno::PERM) if !is_root() => Ok(()),
+        Err(Errno::PERM | Errno::INVAL) if !is_root() => Ok(()),
         other => Ok(other?),
     }
 }

@@ -27,7 +27,12 @@ impl Rights {
             return Self::USER;
         }
         let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-        if is_initial(&map) { Self::ALL } else { Self::NAMESPACE }
+        match () {
+            () if is_initial(&map) => Self::ALL,
+            // All files are that user's, as without a namespace.
+            () if has_one_user(&map) => Self::USER,
+            () => Self::NAMESPACE,
+        }
     }
 
     /// The attribute by which overlayfs knows an opaque directory. Without rights it wants the `userxattr` mount option.
@@ -41,6 +46,12 @@ fn is_initial(map: &str) -> bool {
     map.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
+/// Whether a `uid_map` has a single user.
+fn has_one_user(map: &str) -> bool {
+    let mut lines = map.lines();
+    lines.next().and_then(|line| line.split_whitespace().nth(2)) == Some("1") && lines.next().is_none()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -50,5 +61,8 @@ mod tests {
         assert!(is_initial("         0          0 4294967295\n"));
         assert!(!is_initial("         0       1000          1\n         1     100000      65536\n"));
         assert!(!is_initial(""));
+        assert!(has_one_user("         0       1000          1\n"));
+        assert!(!has_one_user("         0       1000          1\n         1     100000      65536\n"));
+        assert!(!has_one_user(""));
     }
 }

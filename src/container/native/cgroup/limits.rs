@@ -7,9 +7,21 @@ use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, Lin
 
 use super::{Cgroup, Part, Version, devices, write};
 use crate::container::backend::Error;
+use crate::container::native::is_user_namespace;
 
 /// Default period of a processor quota, in microseconds.
 const PERIOD_US: u64 = 100_000;
+
+/// Says to a user without root how control groups are come by.
+pub(super) fn with_way_out(what: String) -> String {
+    if !is_user_namespace() {
+        return what;
+    }
+    format!(
+        "{what}. Without root it takes a part of the version 2 tree that is yours: start rvmm by `systemd-run --user --scope \
+         -p Delegate=yes`, or use --isolation microvm"
+    )
+}
 
 impl Cgroup {
     /// Writes all limits. One whose controller is not there is refused.
@@ -59,8 +71,10 @@ impl Cgroup {
     }
 
     fn needs(&self, limit: &str, controller: &str) -> Result<&Part, Error> {
-        self.part(controller).ok_or_else(|| Error::Unsupported {
-            what: format!("cannot limit {limit}: this host has no {controller} controller for the container"),
+        self.part(controller).ok_or_else(|| {
+            let what =
+                format!("cannot limit {limit}: this host has no {controller} controller for the container");
+            Error::Unsupported { what: with_way_out(what) }
         })
     }
 

@@ -57,6 +57,12 @@ impl Hierarchies {
         ))
     }
 
+    /// A group's directory in the version 2 tree.
+    pub(super) fn v2_directory(&self, path: &Path) -> Option<PathBuf> {
+        let mount = &self.v2.as_ref()?.mount;
+        Some(mount.join(path.strip_prefix("/").unwrap_or(path)))
+    }
+
     /// From `/proc/self/mountinfo` (proc_pid_mountinfo(5)). One that is mounted twice counts once, where it is first.
     fn parse(mounts: &str) -> Hierarchies {
         let mut found = Hierarchies::default();
@@ -220,9 +226,8 @@ impl Cgroup {
         } else if let Some(part) = self.v2().filter(|part| part.directory.join("cgroup.freeze").exists()) {
             (part.directory.join("cgroup.freeze"), if freeze { "1" } else { "0" }, Some(part))
         } else {
-            return Err(Error::Unsupported {
-                what: "this host has no freezer to pause containers with".into(),
-            });
+            let what = "this host has no freezer to pause the container with";
+            return Err(Error::Unsupported { what: limits::with_way_out(what.into()) });
         };
         let deadline = Instant::now() + END_PATIENCE;
         let mut wait = END_WAIT;
