@@ -2,7 +2,7 @@
 
 mod cases;
 mod faults;
-mod home;
+pub mod home;
 mod life;
-mod network;
+pub mod network;
 mod table;
