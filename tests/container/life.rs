@@ -152,6 +152,8 @@ fn executed(home: &Home) {
         exec(&[], "pwd; cat /run/secrets/pw; hostname; echo layer >/written; echo volume >/kept/x; sync");
     assert_eq!(all.ok(), "/home\nhidden-word\nbox\n");
     assert_eq!(home.run_with(&["exec", "-i", "one", "cat"], b"a\0b").ok(), "a\0b");
+    // What looks like an option after the container's name is the command's.
+    assert_eq!(home.run(&["exec", "one", "echo", "-u", "--", "ann"]).ok(), "-u -- ann\n");
     assert_eq!(home.run(&["exec", "one", "nowhere"]).code, 127);
     assert_eq!(home.run(&["exec", "one", "/etc"]).code, 126);
     let killed = exec(&[], "kill -9 $$");
