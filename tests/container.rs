@@ -4,5 +4,6 @@ mod cases;
 mod faults;
 pub mod home;
 mod life;
+mod many;
 pub mod network;
 mod table;
