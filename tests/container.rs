@@ -6,4 +6,5 @@ pub mod home;
 mod life;
 mod many;
 pub mod network;
+mod random_faults;
 mod table;
