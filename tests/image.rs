@@ -5,7 +5,7 @@ mod crash;
 mod hostile;
 mod mounts;
 mod registries;
-mod server;
+pub mod server;
 
 use std::fs;
 use std::path::{Path, PathBuf};

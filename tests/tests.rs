@@ -21,6 +21,7 @@ mod network;
 mod resets;
 mod rng;
 mod rootless;
+mod services;
 mod support;
 mod terminal;
 mod tidy;

@@ -7,14 +7,33 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{ForkResult, Pid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, fork, setsid};
 
+/// How long a thread that was joined may still be seen, on a busy and slow host.
+const LAST_BREATH: Duration = Duration::from_secs(2);
+/// Between two looks.
+const LOOK_AGAIN: Duration = Duration::from_micros(200);
+
+/// How many threads this process has, waiting until there is one: a thread that was joined is still counted for a moment,
+/// because whoever joins it is woken before the kernel has taken it apart.
+pub fn threads() -> io::Result<usize> {
+    let end = Instant::now() + LAST_BREATH;
+    loop {
+        let count = fs::read_dir("/proc/self/task")?.count();
+        if count <= 1 || Instant::now() >= end {
+            return Ok(count);
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
+
 /// Runs `work` in a process that belongs to no terminal, with its standard error in the file `log`. This process must have
 /// one thread.
 pub fn detach(log: &Path, work: impl FnOnce()) -> io::Result<Pid> {
-    if fs::read_dir("/proc/self/task")?.count() != 1 {
+    if threads()? != 1 {
         return Err(io::Error::other("this process has several threads"));
     }
     let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;

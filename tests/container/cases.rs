@@ -122,6 +122,12 @@ fn process() -> Vec<Case> {
         .out("<>< ><a b><'\"><$HOME><\\n><*><new\nline><\t\x01\x7f><ü€😀><-x><-->"),
         case("an entrypoint", &["--entrypoint", "echo"], &["one", "two"]).out("one two\n"),
         case("an entrypoint drops the image's command", &["--entrypoint", "pwd"], &[]).out("/home\n"),
+        case(
+            "arguments that look like options",
+            &["--entrypoint", "echo"],
+            &["-h", "--rm", "-p", "1:1", "--", "-x"],
+        )
+        .out("-h --rm -p 1:1 -- -x\n"),
         case("no entrypoint", &["--entrypoint="], &["echo", "x"]).out("x\n"),
         shell("process 1", &[], "echo $$; ls -d /proc/[0-9]* | wc -l").holds(|text| {
             let mut lines = text.lines().map(|line| line.trim().parse::<u32>().unwrap_or(99));

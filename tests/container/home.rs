@@ -86,6 +86,18 @@ impl Home {
             if std::env::var_os("RVMM_NESTED_HOST").is_some() { "/run".into() } else { std::env::temp_dir() };
         let directory =
             tempfile::Builder::new().prefix("rvmm-table-").tempdir_in(place).expect("a directory");
+        Home::at(directory)
+    }
+
+    /// On a file system of their own, in memory, mounted with these options.
+    pub fn on_a_disk(options: &str) -> Home {
+        let directory = tempfile::Builder::new().prefix("rvmm-disk-").tempdir().expect("a directory");
+        let place = directory.path().to_str().expect("a path");
+        support::tool("mount", &["-t", "tmpfs", "-o", options, "rvmm-disk", place]);
+        Home::at(directory)
+    }
+
+    fn at(directory: tempfile::TempDir) -> Home {
         let home = Home { directory };
         home.run(&["load", "-q", "-i", archive().expect("an archive").to_str().expect("a path")]).ok();
         home

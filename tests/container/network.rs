@@ -15,7 +15,7 @@ use crate::support::{LINUX_PATIENCE, has_tool, skip, tool};
 const SERVER: &str = "echo ready; exec nc -ll -p 80 -e echo hello";
 
 /// Puts this thread, and all that it starts, into a network of its own; says so if that cannot be.
-fn can_connect(wall: Wall) -> bool {
+pub fn can_connect(wall: Wall) -> bool {
     if !can_run(wall) || !["ip", "nft"].iter().all(|name| has_tool(name)) {
         return false;
     }

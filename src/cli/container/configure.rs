@@ -134,7 +134,7 @@ fn process(options: &ContainerOptions, image: &ImageConfig) -> anyhow::Result<Pr
         Some(own) => (vec![own.clone()], vec![]),
         None => (of_image(image.entrypoint()), of_image(image.cmd())),
     };
-    args.extend(if options.command.is_empty() { cmd } else { options.command.clone() });
+    args.extend(if options.command().is_empty() { cmd } else { options.command().to_vec() });
     if args.is_empty() {
         bail!("the image names no command, and none was given");
     }

@@ -47,21 +47,22 @@ pub struct ExecArguments {
     /// Keys that leave a terminal's session
     #[arg(long, value_name = "KEYS", default_value = "ctrl-p,ctrl-q")]
     detach_keys: String,
-    /// The container
-    container: String,
-    /// The command
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
-    command: Vec<String>,
+    /// The container, and the command: all that comes after the container, also what looks like an option
+    #[arg(trailing_var_arg = true, num_args = 2.., required = true, value_names = ["CONTAINER", "COMMAND"])]
+    container_and_command: Vec<String>,
 }
 
 /// Runs a command in a container.
 pub fn run(arguments: &ExecArguments, records: &Records) -> anyhow::Result<ExitCode> {
-    let id = records.find(&arguments.container)?;
+    let Some((container, command)) = arguments.container_and_command.split_first() else {
+        anyhow::bail!("there is no container to run a command in");
+    };
+    let id = records.find(container)?;
     let record = records.read(&id)?;
     match record.state.status {
         Status::Running => {}
-        Status::Paused => bail!("container {} is paused: unpause it first", arguments.container),
-        _ => bail!("container {} is not running", arguments.container),
+        Status::Paused => bail!("container {container} is paused: unpause it first"),
+        _ => bail!("container {container} is not running"),
     }
     if !arguments.detach {
         session::check_terminal(arguments.tty, arguments.interactive)?;
@@ -70,7 +71,7 @@ pub fn run(arguments: &ExecArguments, records: &Records) -> anyhow::Result<ExitC
     let mut env = vec![];
     arguments.env.iter().for_each(|variable| configure::set(&mut env, variable));
     let process = Process {
-        args: arguments.command.clone(),
+        args: command.to_vec(),
         env,
         cwd: arguments.workdir.clone().unwrap_or_default(),
         user: arguments.user.clone().unwrap_or_default(),

@@ -236,14 +236,22 @@ pub struct ContainerOptions {
     #[arg(long, help_heading = "Health")]
     pub no_healthcheck: bool,
 
-    /// The image
-    pub image: String,
-    /// What is run instead of the image's command
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    pub command: Vec<String>,
+    /// The image, and what is run instead of its command: all that comes after the image, also what looks like an option
+    #[arg(trailing_var_arg = true, required = true, value_names = ["IMAGE", "COMMAND"])]
+    pub image_and_command: Vec<String>,
 }
 
 impl ContainerOptions {
+    /// The image.
+    pub fn image(&self) -> &str {
+        self.image_and_command.first().map_or("", String::as_str)
+    }
+
+    /// What is run instead of the image's command, if there is anything.
+    pub fn command(&self) -> &[String] {
+        self.image_and_command.get(1..).unwrap_or_default()
+    }
+
     /// All published ports, ranges taken apart.
     pub fn ports(&self) -> impl Iterator<Item = &Port> {
         self.publish.iter().flat_map(|ports| &ports.0)

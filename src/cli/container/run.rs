@@ -114,7 +114,7 @@ fn make(options: &ContainerOptions, records: &Records) -> anyhow::Result<Contain
     let store = Store::open(&records.roots().images())?;
     let image = find_image(&store, options, records)?;
     let facts = ImageFacts {
-        name: &options.image,
+        name: options.image(),
         id: &image.id.to_string(),
         config: image.config.config().as_ref(),
         health: image.health.as_ref().map(super::configure::health_of_image),
@@ -155,26 +155,29 @@ fn make(options: &ContainerOptions, records: &Records) -> anyhow::Result<Contain
 fn find_image(store: &Store, options: &ContainerOptions, records: &Records) -> anyhow::Result<Image> {
     let found = match options.pull {
         Pull::Always => None,
-        Pull::Missing | Pull::Never => find(store, &options.image)?,
+        Pull::Missing | Pull::Never => find(store, options.image())?,
     };
     match found {
         Some(image) => Ok(image),
         None if options.pull == Pull::Never => {
-            bail!("there is no image {:?} here, and --pull never keeps it from being fetched", options.image)
+            bail!(
+                "there is no image {:?} here, and --pull never keeps it from being fetched",
+                options.image()
+            )
         }
         None => {
             let roots = records.roots();
             let status = std::process::Command::new(engine_program::path()?)
                 .env(roots::DATA_VARIABLE, &roots.data)
                 .env(roots::RUN_VARIABLE, &roots.run)
-                .args(["pull", "--", &options.image])
+                .args(["pull", "--", options.image()])
                 .stdout(std::process::Stdio::null())
                 .status()
                 .context("cannot start the engine to fetch the image")?;
             if !status.success() {
-                bail!("cannot fetch the image {:?}", options.image);
+                bail!("cannot fetch the image {:?}", options.image());
             }
-            find(store, &options.image)?.with_context(|| format!("there is no image {:?}", options.image))
+            find(store, options.image())?.with_context(|| format!("there is no image {:?}", options.image()))
         }
     }
 }

@@ -31,6 +31,7 @@ use super::rootless;
 use super::streams::{self, Ends, Pending};
 use super::sys;
 use crate::container::backend::{Error, Streams};
+use crate::container::fork;
 
 /// Longest report.
 const REPORT_BYTES_MAX: u64 = 64 << 10;
@@ -415,8 +416,7 @@ pub(super) fn start(socket: &Path, report: &mut File) -> Result<(), Error> {
 
 /// Whether this process has one thread, without which its copies are not whole.
 pub(super) fn check_single_thread() -> Result<(), Error> {
-    let threads = std::fs::read_dir("/proc/self/task").map(Iterator::count);
-    match threads.map_err(|source| Error::failed("cannot count threads", source))? {
+    match fork::threads().map_err(|source| Error::failed("cannot count threads", source))? {
         1 => Ok(()),
         count => Err(Error::failed("cannot make a container", format!("this process has {count} threads"))),
     }

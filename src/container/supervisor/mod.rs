@@ -168,6 +168,8 @@ impl<'a> Supervisor<'a> {
                         self.end(code, &Event::Failed { code, message });
                         return;
                     }
+                    // The next run's success takes it out of the state.
+                    tracing::error!("restart {}: {message}", self.state.restarts);
                     code
                 }
             };
