@@ -13,6 +13,7 @@ mod logging;
 mod man;
 pub mod network;
 pub mod volume;
+mod walls;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

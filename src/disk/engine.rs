@@ -62,6 +62,11 @@ impl<T> Engine<T> {
         })
     }
 
+    /// Whether io_uring carries the operations out.
+    pub fn is_uring(&self) -> bool {
+        matches!(self.backend, Backend::Uring(_))
+    }
+
     /// Becomes readable when there may be something to [`Self::reap`] after [`Self::commit`].
     pub fn fd(&self) -> Option<RawFd> {
         match &self.backend {

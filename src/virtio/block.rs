@@ -18,6 +18,7 @@ use super::worker::lock;
 use super::{Chain, Reader, Writer};
 use crate::disk::{Buffers, Durability, Engine, Image, Operation, SECTOR_BYTES};
 use crate::memory::Ram;
+use crate::sandbox;
 
 /// Largest range of one discard or write-zeroes request, in sectors: 256 MiB, so that none takes long.
 const RANGE_SECTORS_MAX: u32 = (256 << 20) / SECTOR_BYTES as u32;
@@ -309,6 +310,13 @@ impl Device for Block {
         config
     }
 
+    fn walls(&self) -> sandbox::Kind {
+        match &self.active {
+            Some(active) if !active.engine.is_uring() => sandbox::Kind::BlockSync,
+            _ => sandbox::Kind::BlockUring,
+        }
+    }
+
     fn start(&mut self, activation: Activation) -> io::Result<()> {
         self.limiter.start()?;
         let engine = self.engine(&self.image, activation.features)?;
@@ -360,7 +368,18 @@ impl Device for Block {
         let Some(image) = lock(&self.images.0).next.take() else { return };
         self.drain(done);
         let features = self.active.as_ref().map(|active| active.activation.features);
-        match features.map(|features| self.engine(&image, features)).transpose() {
+        let engine = features.map(|features| self.engine(&image, features)).transpose();
+        // A thread's walls stay as they are, so its engine must be of the same kind.
+        let uring = |engine: &Option<Engine<Pending>>| engine.as_ref().is_none_or(Engine::is_uring);
+        let was_uring = self.active.as_ref().is_none_or(|active| active.engine.is_uring());
+        let engine = engine.and_then(|engine| {
+            if uring(&engine) == was_uring || self.active.is_none() {
+                Ok(engine)
+            } else {
+                Err(io::ErrorKind::OutOfMemory.into())
+            }
+        });
+        match engine {
             Ok(engine) => {
                 if let (Some(active), Some(engine)) = (&mut self.active, engine) {
                     active.engine = engine;
