@@ -120,13 +120,12 @@ const BLKDISCARD: u64 = 0x1277;
 
 /// A disk whose host has io_uring.
 const BLOCK_URING: &[Rule] = &[
-    any(libc::SYS_io_uring_enter),             // reads, writes, flushes
-    any(libc::SYS_io_uring_setup),             // a ring for another image
-    any(libc::SYS_io_uring_register),          // its image
-    one_of(libc::SYS_ioctl, 1, &[BLKDISCARD]), // discards on a block device
-    any(libc::SYS_timerfd_settime),            // when a rate limit lets more pass
-    any(libc::SYS_clock_nanosleep),            // a pause, where the host is short of memory
-    any(libc::SYS_flock),                      // gives up the lock of an image that was replaced
+    any(libc::SYS_io_uring_enter), // reads, writes, flushes, by a ring that was made before the walls
+    one_of(libc::SYS_io_uring_register, 1, &[2, 3]), // another image; the ring is restricted to what disks need
+    one_of(libc::SYS_ioctl, 1, &[BLKDISCARD]),       // discards on a block device
+    any(libc::SYS_timerfd_settime),                  // when a rate limit lets more pass
+    any(libc::SYS_clock_nanosleep),                  // a pause, where the host is short of memory
+    any(libc::SYS_flock),                            // gives up the lock of an image that was replaced
 ];
 
 /// A disk whose host has none.
@@ -265,7 +264,6 @@ const MAIN: &[Rule] = &[
     any(libc::SYS_epoll_create1),            // the event loop
     any(libc::SYS_read),                     // signals, input, counters
     any(libc::SYS_write),                    // counters, the log
-    any(libc::SYS_readv),                    // packets that wait when a device is reset at the end
     any(libc::SYS_close),                    // devices at the end
     any(libc::SYS_poll),                     // waits for the console's last output
     any(libc::SYS_timerfd_settime),          // time limits
@@ -318,7 +316,7 @@ const KEEPER: &[Rule] = &[
     one_of(libc::SYS_fcntl, 1, &[libc::F_SETFL as u64, libc::F_GETFL as u64]), // an image that waits for nobody
     any(libc::SYS_flock),                                                      // the lock of an image
     one_of(libc::SYS_ioctl, 1, &[0x8008_1272]), // BLKGETSIZE64: the size of a block device
-    any(libc::SYS_unlink),                      // sockets at the end
+    any(libc::SYS_unlinkat),                    // sockets at the end
     any(libc::SYS_close),                       // what was handed over
     any(libc::SYS_write),                       // the log
     any(libc::SYS_futex),                       // locks
@@ -329,8 +327,9 @@ const KEEPER: &[Rule] = &[
     any(libc::SYS_clock_gettime),               // time, where the host has no fast clock
     any(libc::SYS_clock_nanosleep),             // waits for a dead process's lock
     any(libc::SYS_wait4),                       // the end of a monitor in a jail
-    this_process(libc::SYS_tgkill),             // never used; kept for aborts
-    any(libc::SYS_rt_sigprocmask),              // the same
+    any(libc::SYS_ppoll),                       // waits for the monitor and for signals
+    any(libc::SYS_kill),                        // hands signals on to a monitor in a jail
+    any(libc::SYS_sigaltstack),                 // the end
     any(libc::SYS_rt_sigreturn),                // after a signal
     any(libc::SYS_restart_syscall),             // goes on waiting after the process was stopped
     any(libc::SYS_exit_group),                  // the end

@@ -21,6 +21,12 @@ pub(super) fn compile(kind: Kind) -> Result<BpfProgram, BackendError> {
         }
         rules.entry(rule.call).or_default().extend(conditions);
     }
+    // The standard library's own check of each descriptor that it closes.
+    if cfg!(debug_assertions) && !unconditional.contains(&libc::SYS_fcntl) {
+        let questions = &[libc::F_GETFD as u64, libc::F_GETFL as u64];
+        let check = Rule { call: libc::SYS_fcntl, arguments: Arguments::OneOf(1, questions) };
+        rules.entry(check.call).or_default().extend(conditions(&check)?);
+    }
     // Without rules a call is allowed with any arguments.
     for call in unconditional {
         rules.insert(call, Vec::new());

@@ -10,7 +10,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -72,6 +72,8 @@ pub enum Found {
 #[derive(Debug)]
 pub struct Keeper {
     socket: OwnedFd,
+    /// Whether the monitor ends when the keeper does.
+    followed: bool,
 }
 
 /// Which process this is after [`start`].
@@ -92,7 +94,9 @@ pub fn start(jail: Option<&Jail>) -> Result<Side, Error> {
     }
     match (fork().step("start the keeper")?, jail) {
         // A jail's monitor is the first process of its PID namespace, so it is the child.
-        (Fork::Child, Some(_)) | (Fork::Parent(_), None) => Ok(Side::Monitor(Keeper { socket: ours })),
+        (Fork::Child, Some(_)) | (Fork::Parent(_), None) => {
+            Ok(Side::Monitor(Keeper { socket: ours, followed: jail.is_some() }))
+        }
         (Fork::Parent(child), Some(jail)) => {
             drop(ours);
             Ok(Side::Keeper(serve(&its, Some((child, jail)))?))
@@ -129,6 +133,11 @@ impl Keeper {
             (Answer::Failed(why), _) => Err(why),
             _ => Err("the keeper makes no sense".into()),
         }
+    }
+
+    /// A descriptor that hangs up when the keeper has ended, if the monitor is to end with it.
+    pub fn followed_fd(&self) -> Option<RawFd> {
+        self.followed.then(|| self.socket.as_raw_fd())
     }
 
     fn ask(&self, request: &Request) -> io::Result<(Answer, Option<OwnedFd>)> {
@@ -277,8 +286,7 @@ fn seal(jail: Option<&Jail>) -> Result<(), Error> {
     privileges::bound(kept)?;
     privileges::keep(kept)?;
     violation::name_thread(Kind::Keeper);
-    let program = super::filter::compile(Kind::Keeper).map_err(Error::Compile)?;
-    seccompiler::apply_filter(&program).map_err(Error::Filter)
+    super::filter_calls(Kind::Keeper)
 }
 
 fn open(path: &Path, read_only: bool, have: Option<Numbers>) -> (Answer, Option<OwnedFd>) {

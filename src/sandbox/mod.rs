@@ -167,6 +167,13 @@ pub fn enter(kind: Kind) -> Result<(), Error> {
         return Ok(());
     }
     violation::name_thread(kind);
+    filter_calls(kind)?;
+    #[cfg(debug_assertions)]
+    escape::try_all(kind);
+    Ok(())
+}
+
+fn filter_calls(kind: Kind) -> Result<(), Error> {
     if kind == Kind::Launcher {
         let unknown = filter::without_clone3().map_err(Error::Compile)?;
         seccompiler::apply_filter(&unknown).map_err(Error::Filter)?;

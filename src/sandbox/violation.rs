@@ -72,7 +72,21 @@ impl LineBuffer {
     }
 }
 
-extern "C" fn on_violation(_: libc::c_int, info: *const libc::siginfo_t, _: *mut libc::c_void) {
+extern "C" fn on_violation(_: libc::c_int, info: *const libc::siginfo_t, context: *mut libc::c_void) {
+    #[cfg(debug_assertions)]
+    if super::escape::is_trying() {
+        // SAFETY: the kernel passes a whole `ucontext_t`, which is this handler's until it returns.
+        unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RAX as usize] = -1 };
+        return;
+    }
+    let _ = context;
+    #[cfg(debug_assertions)]
+    if super::escape::is_trying() {
+        // SAFETY: the kernel passes a whole `ucontext_t`, which is this handler's until it returns.
+        unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RAX as usize] = -1 };
+        return;
+    }
+    let _ = context;
     crate::terminal::restore();
     // SAFETY: the kernel passes a whole `siginfo_t`, and at this place of one for SIGSYS there is an int.
     let number = unsafe { info.cast::<u8>().add(SYSCALL_OFFSET).cast::<libc::c_int>().read() };

@@ -20,7 +20,7 @@ use super::vcpu::{self, Failure, VcpuShared, VcpuThread};
 use super::{End, Ended, Vm};
 use crate::kvm;
 use crate::legacy::{BootMark, GuestRequest};
-use crate::sandbox;
+use crate::sandbox::{self, keeper::Keeper};
 use crate::terminal::{self, RawTerminal};
 use crate::virtio::console::Size;
 
@@ -64,6 +64,7 @@ const INPUT: u32 = 3;
 const ROOM: u32 = 4;
 const TIMER: u32 = 5;
 const CONTROL: u32 = 6;
+const KEEPER: u32 = 7;
 
 /// The subscriber of the main thread's event loop.
 struct MainLoop {
@@ -291,6 +292,10 @@ impl MutEventSubscriber for MainLoop {
             ROOM => self.on_room(ops),
             TIMER => self.on_timer(),
             CONTROL => self.on_control(),
+            // The process that was started, and whose end is to be this one's.
+            KEEPER => {
+                self.end.get_or_insert(End::Killed { signal: libc::SIGKILL });
+            }
             _ => {}
         }
     }
@@ -308,6 +313,10 @@ impl MutEventSubscriber for MainLoop {
             if let Err(error) = ops.add(Events::with_data_raw(fd, data, EventSet::IN)) {
                 self.end.get_or_insert(End::Stuck(format!("cannot watch an event: {error:?}")));
             }
+        }
+        if let Some(fd) = self.controlled.keeper.as_ref().and_then(Keeper::followed_fd) {
+            let ended = EventSet::HANG_UP | EventSet::READ_HANG_UP;
+            let _ = ops.add(Events::with_data_raw(fd, KEEPER, ended));
         }
         self.follow_input(InputState::WaitForInput, ops);
     }
