@@ -6,8 +6,13 @@ use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
+use nix::sys::signal::{SigSet, Signal};
+
 use super::{Kind, enter, is_on};
 
+/// Signals that a thread raises by what it does itself.
+const FAULTS: [Signal; 6] =
+    [Signal::SIGSYS, Signal::SIGBUS, Signal::SIGSEGV, Signal::SIGFPE, Signal::SIGILL, Signal::SIGABRT];
 /// Pages of it that are not touched cost nothing.
 const STACK_BYTES: usize = 128 << 10;
 
@@ -42,7 +47,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Starts the launcher's thread.
 pub(super) fn start() -> io::Result<()> {
     let launcher = LAUNCHER.get_or_init(Launcher::default);
-    Builder::new().name("launcher".into()).stack_size(STACK_BYTES).spawn(|| run(launcher)).map(drop)
+    // Signals are for the main thread, but for those of a thread's own faults. Device threads inherit that.
+    let before = SigSet::thread_get_mask()?;
+    let mut blocked = SigSet::all();
+    FAULTS.into_iter().for_each(|signal| blocked.remove(signal));
+    blocked.thread_block()?;
+    let thread = Builder::new().name("launcher".into()).stack_size(STACK_BYTES).spawn(|| run(launcher));
+    before.thread_set_mask()?;
+    thread.map(drop)
 }
 
 fn run(launcher: &Launcher) {
