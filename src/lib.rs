@@ -9,6 +9,7 @@
 //! - `fileserver -> fuse`: a process of its own
 //! - `virtio -> {memory, disk, tap, fuse, socket}`, never `kvm` or `vm`: it is handed event descriptors
 //! - `boot -> memory`; `legacy`, `disk`, `tap`, `memory`, `bus`, `socket` -> crates only
+//! - `sandbox -> {disk, terminal}`: the walls, which `api`, `cli`, `socket`, `virtio` and `vm` put up
 //! - `platform` holds addresses and numbers, `program` where this program is, and every module may use them
 //!
 //! `tests/tidy.rs` holds these edges.
@@ -29,6 +30,7 @@ pub mod legacy;
 pub mod memory;
 pub mod platform;
 pub mod program;
+pub mod sandbox;
 pub mod socket;
 pub mod tap;
 pub mod terminal;

@@ -21,6 +21,7 @@ mod network;
 mod resets;
 mod rng;
 mod rootless;
+mod sandbox;
 mod services;
 mod support;
 mod terminal;

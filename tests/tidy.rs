@@ -8,12 +8,15 @@ use std::path::{Path, PathBuf};
 const MAX_FILE_BYTES: u64 = 32 << 10;
 
 /// What each top-level module may use of the others. `platform` and `program` are for all.
-const MAY_USE: [(&str, &[&str]); 22] = [
-    ("cli", &["api", "boot", "container", "doctor", "fileserver", "image", "kvm", "terminal", "vm"]),
+const MAY_USE: [(&str, &[&str]); 23] = [
+    (
+        "cli",
+        &["api", "boot", "container", "doctor", "fileserver", "image", "kvm", "sandbox", "terminal", "vm"],
+    ),
     ("container", &["guest", "image", "tap", "vm"]),
     ("image", &[]),
     ("guest", &[]),
-    ("api", &["socket", "vm"]),
+    ("api", &["sandbox", "socket", "vm"]),
     ("doctor", &["container", "kvm", "vm"]),
     (
         "vm",
@@ -25,13 +28,14 @@ const MAY_USE: [(&str, &[&str]); 22] = [
             "kvm",
             "legacy",
             "memory",
+            "sandbox",
             "socket",
             "tap",
             "terminal",
             "virtio",
         ],
     ),
-    ("virtio", &["bus", "disk", "fuse", "memory", "socket", "tap"]),
+    ("virtio", &["bus", "disk", "fuse", "memory", "sandbox", "socket", "tap"]),
     ("fileserver", &["fuse"]),
     ("fuse", &[]),
     ("guest", &[]),
@@ -43,7 +47,8 @@ const MAY_USE: [(&str, &[&str]); 22] = [
     ("disk", &[]),
     ("platform", &[]),
     ("program", &[]),
-    ("socket", &[]),
+    ("sandbox", &["disk", "terminal"]),
+    ("socket", &["sandbox"]),
     ("tap", &[]),
     ("terminal", &[]),
 ];
@@ -58,6 +63,9 @@ const MAY_BE_UNSAFE: &[&str] = &[
     "src/fileserver/sandbox.rs",
     "src/kvm/",
     "src/memory/",
+    "src/sandbox/escape.rs",
+    "src/sandbox/fork.rs",
+    "src/sandbox/violation.rs",
     "src/tap.rs",
     "src/terminal.rs",
     "src/virtio/block.rs",

@@ -19,6 +19,7 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::time::timeout;
 
 use super::routes::{self, Answer, Fault, Route};
+use crate::sandbox;
 use crate::vm::control::{self, Control};
 
 /// Bytes of a request's body; Firecracker's limit.
@@ -40,6 +41,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Serves clients until the process ends.
 pub(super) fn run(listener: UnixListener, control: Control) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+    sandbox::enter(sandbox::Kind::Api).map_err(io::Error::other)?;
     runtime.block_on(accept(listener, control))
 }
 

@@ -14,7 +14,7 @@ use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use nix::sys::signal::SigSet;
+use nix::sys::signal::{SigSet, Signal};
 
 use crate::socket::{self, SocketFile};
 use crate::vm::control::Control;
@@ -58,7 +58,10 @@ pub fn serve(socket: Socket, control: Control) -> Result<Server, Error> {
     let Socket { listener, _file } = socket;
     // Signals are for the main thread, which blocks its own later than this.
     let before = SigSet::thread_get_mask().map_err(|error| Error::Serve(error.into()))?;
-    SigSet::all().thread_block().map_err(|error| Error::Serve(error.into()))?;
+    let mut blocked = SigSet::all();
+    // What the walls raise must be heard.
+    blocked.remove(Signal::SIGSYS);
+    blocked.thread_block().map_err(|error| Error::Serve(error.into()))?;
     let thread = std::thread::Builder::new().name("api".into()).stack_size(STACK_BYTES).spawn(move || {
         if let Err(error) = http::run(listener, control) {
             tracing::error!("the control socket is served no more: {error}");

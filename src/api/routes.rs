@@ -82,6 +82,7 @@ impl From<control::Error> for Fault {
             | control::Error::BalloonTooLarge { .. }
             | control::Error::NoDisk(_)
             | control::Error::NoNet(_)
+            | control::Error::Image(_)
             | control::Error::Disk(_) => BAD_REQUEST,
         };
         Self { status, message: crate::error_chain(&error) }

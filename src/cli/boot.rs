@@ -6,8 +6,11 @@ use std::process::ExitCode;
 use clap::{Args, ValueEnum};
 
 use super::logging::{self, LogLevel};
+use super::walls;
 use crate::api;
 use crate::boot::BootProtocol;
+use crate::sandbox::jail::Jail;
+use crate::sandbox::keeper::Side;
 use crate::vm::config::{self, Balloon, Disk, Net, SerialConfig, Share, Size, VmConfig, Vsock};
 use crate::vm::{self, Timeline};
 
@@ -32,6 +35,7 @@ Exit codes:
   121    the guest triple-faulted
   122    the guest reset the machine; a panic that only resets looks the same
   123    KVM or the host could not go on
+  124    the sandbox ended the VM: the monitor made a system call that it may not
   125    rvmm failed before or beside the guest
   128+N  ended by signal N because the guest did not power off in time
   2      the command line is wrong";
@@ -105,7 +109,7 @@ pub struct BootArguments {
     balloon: Option<Balloon>,
     /// Control the VM through a unix socket at PATH, by HTTP
     #[arg(long, value_name = "PATH", visible_alias = "api-sock")]
-    api_socket: Option<PathBuf>,
+    pub(super) api_socket: Option<PathBuf>,
     /// The first serial port: stdio, file=PATH or none [default: stdio]
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialConfig>,
@@ -124,6 +128,15 @@ pub struct BootArguments {
     /// Read the VM from a TOML or JSON file; flags override it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Run without filters for system calls and with all privileges
+    #[arg(long, visible_alias = "no-seccomp", conflicts_with = "jail")]
+    pub(super) no_sandbox: bool,
+    /// Shut the running VM into a directory and a user of its own; takes root
+    ///
+    /// DIR[,uid=N][,gid=N][,netns=PATH][,cgroup=PATH]. Paths of kernel, disks and sockets are the host's; those that a
+    /// client of the control socket names later lead into DIR.
+    #[arg(long, value_name = "DIR[,…]")]
+    pub(super) jail: Option<Jail>,
     /// Print where the time of the boot went, to standard error at the end
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, default_missing_value = "table", require_equals = true)]
     timeline: Option<TimelineFormat>,
@@ -171,9 +184,19 @@ pub fn run(arguments: BootArguments, mut timeline: Timeline) -> anyhow::Result<E
     logging::start(arguments.log_level);
     let config = arguments.configuration()?;
     timeline.mark("configured");
+    // First of all, while little is open.
+    let keeper = match walls::start_keeper(&arguments, &config)? {
+        Some(Side::Keeper(code)) => return Ok(code),
+        Some(Side::Monitor(keeper)) => Some(keeper),
+        None => None,
+    };
     // Before the VM is built, since a socket that is in use ends it all.
     let socket = arguments.api_socket.as_deref().map(api::Socket::bind).transpose()?;
-    let vm = vm::build(&config, &mut timeline)?;
+    let mut vm = vm::build(&config, &mut timeline)?;
+    if !arguments.no_sandbox {
+        walls::put_up(&arguments, &config, keeper, &mut vm)?;
+        timeline.mark("sandbox closed");
+    }
     let _api = socket.map(|socket| api::serve(socket, vm.control())).transpose()?;
     let ended = vm::run(vm, &mut timeline)?;
     if ended.end == vm::End::Quit {

@@ -14,6 +14,7 @@ mod man;
 pub mod network;
 mod network_relay;
 pub mod volume;
+mod walls;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

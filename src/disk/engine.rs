@@ -62,6 +62,36 @@ impl<T> Engine<T> {
         })
     }
 
+    /// Starts anew, for another driver.
+    pub fn begin(&mut self, durability: Durability) {
+        let options = self.image.options();
+        self.durable = options.cache == Cache::Writeback && durability == Durability::Always;
+    }
+
+    /// Cancels what is in flight and waits until the host has let go of the buffers.
+    pub fn settle(&mut self) {
+        if let Backend::Uring(ring) = &mut self.backend {
+            ring.settle();
+        }
+        self.finished.clear();
+    }
+
+    /// Goes on with another image, opened with the same options, when nothing is in flight. If that fails it keeps the
+    /// one that it has.
+    pub fn reopen(&mut self, image: Arc<Image>) -> io::Result<()> {
+        match &mut self.backend {
+            Backend::Sync(fds) => *fds = image.descriptors(),
+            Backend::Uring(ring) => ring.reopen(image.descriptors())?,
+        }
+        self.image = image;
+        Ok(())
+    }
+
+    /// Whether io_uring carries the operations out.
+    pub fn is_uring(&self) -> bool {
+        matches!(self.backend, Backend::Uring(_))
+    }
+
     /// Becomes readable when there may be something to [`Self::reap`] after [`Self::commit`].
     pub fn fd(&self) -> Option<RawFd> {
         match &self.backend {

@@ -169,6 +169,12 @@ impl Image {
         }
     }
 
+    /// Device and inode of the image's file; a composed image is in no single one.
+    pub fn numbers(&self) -> Option<(u64, u64)> {
+        let metadata = self.single()?.metadata().ok()?;
+        Some((metadata.dev(), metadata.ino()))
+    }
+
     /// Takes the size of the image, which is at `path`, anew. That of a composed image stays.
     pub fn measure_again(&self, path: &Path) -> Result<(), Error> {
         if let Some(file) = self.single() {
@@ -209,6 +215,21 @@ pub fn open(path: &Path, options: &Options) -> Result<Image, Error> {
     let size_bytes = whole_sectors(opened.size_bytes, path)?.into();
     let target = if opened.block_device { Target::BlockDevice } else { Target::File };
     Ok(Image { files: vec![opened.file], target, size_bytes, options: *options })
+}
+
+/// Opens and locks the file of an image for another process, which takes it with [`adopt`]. Who drops the file without
+/// handing it over gives the lock up.
+pub fn open_for_another(path: &Path, read_only: bool) -> Result<File, Error> {
+    Ok(open_locked(path, read_only)?.file)
+}
+
+/// Takes over the file of the image at `path`, which another process has opened and locked.
+pub fn adopt(file: File, path: &Path, options: &Options) -> Result<Image, Error> {
+    let host = |source| Error::Host { what: "look at", path: path.to_path_buf(), source };
+    let block_device = file.metadata().map_err(host)?.file_type().is_block_device();
+    let size_bytes = whole_sectors(measure(&file, block_device, path)?, path)?.into();
+    let target = if block_device { Target::BlockDevice } else { Target::File };
+    Ok(Image { files: vec![file], target, size_bytes, options: *options })
 }
 
 /// A file that is not empty, opened and locked.

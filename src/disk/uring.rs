@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
+use io_uring::register::Restriction;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 
 use super::sync;
@@ -13,6 +14,10 @@ use super::task::{Call, Next, Task};
 
 /// The first registered file, which is the only one of an image that is written.
 const IMAGE: types::Fixed = types::Fixed(0);
+/// What a ring may be asked for once it is there; `IORING_REGISTER_FILES` and `IORING_UNREGISTER_FILES` of
+/// `linux/io_uring.h`.
+const REGISTER_FILES: u8 = 2;
+const UNREGISTER_FILES: u8 = 3;
 /// `user_data` of a cancellation; a task has its slot's number.
 const CANCEL: u64 = u64::MAX;
 
@@ -34,7 +39,7 @@ impl<T> Ring<T> {
     /// A ring for `depth` tasks on the image that is open as `fds`, which must stay open as long as the ring lives.
     pub(super) fn new(fds: Vec<RawFd>, depth: u16) -> io::Result<Self> {
         let depth = depth.max(1);
-        let ring = IoUring::new(depth.into())?;
+        let ring: IoUring = IoUring::builder().setup_r_disabled().build(depth.into())?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
         let wanted =
@@ -42,8 +47,28 @@ impl<T> Ring<T> {
         if !wanted.iter().all(|code| probe.is_supported(*code)) {
             return Err(io::ErrorKind::Unsupported.into());
         }
+        // What a ring does no filter of system calls sees: this one can do nothing but what disks need.
+        let mut restrictions: Vec<Restriction> = wanted.into_iter().map(Restriction::sqe_op).collect();
+        restrictions.push(Restriction::sqe_op(opcode::AsyncCancel2::CODE));
+        restrictions.extend([REGISTER_FILES, UNREGISTER_FILES].map(Restriction::register_op));
+        restrictions.push(Restriction::sqe_flags_allowed(squeue::Flags::FIXED_FILE.bits()));
+        ring.submitter().register_restrictions(&mut restrictions)?;
+        ring.submitter().register_enable_rings()?;
         ring.submitter().register_files(&fds)?;
         Ok(Self { ring, fds, slots: (0..depth).map(|_| None).collect(), free: (0..depth).rev().collect() })
+    }
+
+    /// Goes on with another image, when no task is in flight.
+    pub(super) fn reopen(&mut self, fds: Vec<RawFd>) -> io::Result<()> {
+        self.ring.submitter().unregister_files()?;
+        let registered = self.ring.submitter().register_files(&fds);
+        if registered.is_err() {
+            // It was registered before.
+            self.ring.submitter().register_files(&self.fds)?;
+        } else {
+            self.fds = fds;
+        }
+        registered
     }
 
     pub(super) fn fd(&self) -> RawFd {
@@ -142,8 +167,9 @@ impl<T> Ring<T> {
     }
 }
 
-impl<T> Drop for Ring<T> {
-    fn drop(&mut self) {
+impl<T> Ring<T> {
+    /// Cancels what is in flight, and waits until the host has let go of it.
+    pub(super) fn settle(&mut self) {
         if self.in_flight() == 0 {
             return;
         }
@@ -152,6 +178,12 @@ impl<T> Drop for Ring<T> {
         self.push(&cancel);
         self.commit();
         self.wait(&mut VecDeque::new());
+    }
+}
+
+impl<T> Drop for Ring<T> {
+    fn drop(&mut self) {
+        self.settle();
     }
 }
 

@@ -20,6 +20,7 @@ use super::device::{Activation, Completion, Completions, Device, Handled, Source
 use super::spec::balloon::{self, feature};
 use super::{Chain, Reader};
 use crate::memory::{self, Ram};
+use crate::sandbox;
 
 /// Bytes of a page of the balloon.
 pub const PAGE_BYTES: u64 = 1 << balloon::PAGE_SHIFT;
@@ -293,6 +294,10 @@ impl Device for Balloon {
         let (_target, actual, _hint, poison) = (fields.next(), fields.next(), fields.next(), fields.next());
         self.shared.actual_pages.store(actual.unwrap_or(0), Ordering::Release);
         self.poison = poison.unwrap_or(0);
+    }
+
+    fn walls(&self) -> sandbox::Kind {
+        sandbox::Kind::Balloon
     }
 
     fn start(&mut self, activation: Activation) -> io::Result<()> {

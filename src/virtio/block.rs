@@ -18,6 +18,7 @@ use super::worker::lock;
 use super::{Chain, Reader, Writer};
 use crate::disk::{Buffers, Durability, Engine, Image, Operation, SECTOR_BYTES};
 use crate::memory::Ram;
+use crate::sandbox;
 
 /// Largest range of one discard or write-zeroes request, in sectors: 256 MiB, so that none takes long.
 const RANGE_SECTORS_MAX: u32 = (256 << 20) / SECTOR_BYTES as u32;
@@ -83,13 +84,14 @@ pub struct Block {
     serial: [u8; block::ID_BYTES],
     queue_sizes: Vec<u16>,
     limiter: Limiter,
+    /// Made with the device, since a ring cannot be made behind the walls. `None` if the host has none, and one was
+    /// demanded.
+    engine: Option<Engine<Pending>>,
     /// While the driver is ready.
     active: Option<Active>,
 }
 
 struct Active {
-    // Before the memory that its operations point into.
-    engine: Engine<Pending>,
     activation: Activation,
     error_logged: bool,
 }
@@ -120,12 +122,14 @@ impl Block {
         let queues = usize::from(options.queues.max(1));
         let image = Arc::new(image);
         let images = Images { current: Arc::clone(&image), next: None };
+        let engine = Engine::new(Arc::clone(&image), options.queue_size, Durability::OnFlush).ok();
         Self {
             image,
             images: BlockHandle(Arc::new(Mutex::new(images))),
             serial,
             queue_sizes: vec![options.queue_size; queues],
             limiter: Limiter::new(options.limits),
+            engine,
             active: None,
         }
     }
@@ -138,15 +142,6 @@ impl Block {
     /// The handle to this device.
     pub fn handle(&self) -> BlockHandle {
         self.images.clone()
-    }
-
-    /// An engine for a driver that has accepted `features`.
-    fn engine(&self, image: &Arc<Image>, features: u64) -> io::Result<Engine<Pending>> {
-        // §5.2.6.2: for a driver that does not know of flushes, a write is stable when it completes.
-        let durability =
-            if features & feature::FLUSH == 0 { Durability::Always } else { Durability::OnFlush };
-        let depth = self.queue_sizes.first().copied().unwrap_or(1);
-        Engine::new(Arc::clone(image), depth, durability)
     }
 
     fn sectors(&self) -> u64 {
@@ -309,15 +304,27 @@ impl Device for Block {
         config
     }
 
+    fn walls(&self) -> sandbox::Kind {
+        match self.engine.as_ref().is_none_or(Engine::is_uring) {
+            true => sandbox::Kind::BlockUring,
+            false => sandbox::Kind::BlockSync,
+        }
+    }
+
     fn start(&mut self, activation: Activation) -> io::Result<()> {
         self.limiter.start()?;
-        let engine = self.engine(&self.image, activation.features)?;
-        self.active = Some(Active { engine, activation, error_logged: false });
+        let engine = self.engine.as_mut().ok_or(io::ErrorKind::Unsupported)?;
+        // §5.2.6.2: for a driver that does not know of flushes, a write is stable when it completes.
+        engine.begin(match activation.features & feature::FLUSH {
+            0 => Durability::Always,
+            _ => Durability::OnFlush,
+        });
+        self.active = Some(Active { activation, error_logged: false });
         Ok(())
     }
 
     fn sources(&self) -> Vec<Source> {
-        let engine = self.active.as_ref().and_then(|active| active.engine.fd()).map(|fd| (fd, ENGINE));
+        let engine = self.engine.as_ref().and_then(Engine::fd).map(|fd| (fd, ENGINE));
         let limiter = self.limiter.fd().map(|fd| (fd, LIMITER));
         let source = |(fd, token)| Source { fd, token, events: EventSet::IN };
         engine.into_iter().chain(limiter).map(source).collect()
@@ -331,7 +338,8 @@ impl Device for Block {
 
     fn handle(&mut self, queue: u16, chain: Chain) -> Handled {
         let Some(active) = &self.active else { return Handled::Done(chain, 0) };
-        if !active.engine.has_room() || !self.limiter.ready() {
+        let has_room = self.engine.as_ref().is_some_and(Engine::has_room);
+        if !has_room || !self.limiter.ready() {
             return Handled::Wait(chain);
         }
         match self.decode(&active.activation.ram, &chain) {
@@ -341,8 +349,8 @@ impl Device for Block {
             }
             Outcome::Start(operation, data_len) => {
                 self.limiter.take(data_bytes(&chain));
-                if let Some(active) = &mut self.active {
-                    active.engine.start(operation, Pending { queue, chain, data_len });
+                if let Some(engine) = &mut self.engine {
+                    engine.start(operation, Pending { queue, chain, data_len });
                 }
                 Handled::Deferred
             }
@@ -350,21 +358,17 @@ impl Device for Block {
     }
 
     fn flush(&mut self, done: &mut Completions) {
-        if let Some(active) = &mut self.active {
-            active.engine.commit();
-            active.collect(done);
+        if let (Some(active), Some(engine)) = (&mut self.active, &mut self.engine) {
+            engine.commit();
+            active.collect(engine, done);
         }
     }
 
     fn reconfigure(&mut self, done: &mut Completions) {
         let Some(image) = lock(&self.images.0).next.take() else { return };
         self.drain(done);
-        let features = self.active.as_ref().map(|active| active.activation.features);
-        match features.map(|features| self.engine(&image, features)).transpose() {
-            Ok(engine) => {
-                if let (Some(active), Some(engine)) = (&mut self.active, engine) {
-                    active.engine = engine;
-                }
+        match self.engine.as_mut().map_or(Ok(()), |engine| engine.reopen(Arc::clone(&image))) {
+            Ok(()) => {
                 lock(&self.images.0).current = Arc::clone(&image);
                 self.image = image;
             }
@@ -373,21 +377,25 @@ impl Device for Block {
     }
 
     fn drain(&mut self, done: &mut Completions) {
-        if let Some(active) = &mut self.active {
-            active.engine.wait();
-            active.collect(done);
+        if let (Some(active), Some(engine)) = (&mut self.active, &mut self.engine) {
+            engine.wait();
+            active.collect(engine, done);
         }
     }
 
     fn stop(&mut self) {
+        // Before the memory goes that its operations point into.
+        if let Some(engine) = &mut self.engine {
+            engine.settle();
+        }
         self.active = None;
     }
 }
 
 impl Active {
     /// Hands in the requests whose operations are over.
-    fn collect(&mut self, done: &mut Completions) {
-        while let Some((pending, result)) = self.engine.reap() {
+    fn collect(&mut self, engine: &mut Engine<Pending>, done: &mut Completions) {
+        while let Some((pending, result)) = engine.reap() {
             let code = match result {
                 Ok(()) => status::OK,
                 Err(error) if error.kind() == io::ErrorKind::Unsupported => status::UNSUPP,

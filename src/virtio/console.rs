@@ -16,6 +16,7 @@ use super::device::{Activation, Completions, Device, Handled, Source};
 use super::spec::console::{self, RECEIVE, TRANSMIT, feature};
 use super::worker::lock;
 use crate::memory::Ram;
+use crate::sandbox;
 
 const QUEUE_SIZE: u16 = 64;
 /// Input that waits at most.
@@ -193,6 +194,10 @@ impl Device for Console {
             *to = from;
         }
         config
+    }
+
+    fn walls(&self) -> sandbox::Kind {
+        sandbox::Kind::ConsoleDevice
     }
 
     fn start(&mut self, activation: Activation) -> io::Result<()> {

@@ -8,6 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Chain;
 use crate::memory::Ram;
+use crate::sandbox;
 
 /// A virtio device: its description, and what it does with a chain.
 ///
@@ -34,6 +35,9 @@ pub trait Device: Send {
     /// The driver is ready. Called on the worker thread, before any chain. What the device opens here it closes in
     /// [`Self::stop`].
     fn start(&mut self, activation: Activation) -> io::Result<()>;
+
+    /// What its thread may do once the device is started.
+    fn walls(&self) -> sandbox::Kind;
 
     /// Whether a driver that has just become ready is told to read the configuration.
     fn announces_config(&self) -> bool {

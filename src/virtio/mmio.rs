@@ -51,6 +51,8 @@ pub struct Transport {
     queue_sizes: Vec<u16>,
     ram: Ram,
     kicks: Arc<[EventFd]>,
+    /// Wakes the worker up, one after the other.
+    wake: Arc<EventFd>,
     shared: Arc<Shared>,
     state: Mutex<State>,
 }
@@ -133,6 +135,7 @@ impl Transport {
             features: device.features() | feature::COMMON,
             ram,
             kicks: kicks.map_err(Error::EventFd)?,
+            wake: Arc::new(EventFd::new(EFD_NONBLOCK).map_err(Error::EventFd)?),
             shared: Arc::new(Shared::new(irq, device.config())),
             state: Mutex::new(State { registers: Registers::new(&queue_sizes), owner: Owner::Idle(device) }),
             queue_sizes,
@@ -300,6 +303,7 @@ impl Transport {
             activation: Activation { ram: self.ram.clone(), features },
             queues: queues.collect(),
             kicks: Arc::clone(&self.kicks),
+            wake: Arc::clone(&self.wake),
             shared: Arc::clone(&self.shared),
         };
         state.owner = match worker::spawn(parts) {

@@ -71,6 +71,10 @@ impl Device for Mock {
             }
         }
     }
+    fn walls(&self) -> crate::sandbox::Kind {
+        crate::sandbox::Kind::Rng
+    }
+
     fn start(&mut self, activation: Activation) -> io::Result<()> {
         self.ram = Some(activation.ram);
         if self.knobs.fails_to_start.load(Ordering::SeqCst) {
@@ -647,6 +651,10 @@ fn queue_sizes_must_be_powers_of_two() {
         fn config(&self) -> Vec<u8> {
             Vec::new()
         }
+        fn walls(&self) -> crate::sandbox::Kind {
+            crate::sandbox::Kind::Rng
+        }
+
         fn start(&mut self, _activation: Activation) -> io::Result<()> {
             Ok(())
         }

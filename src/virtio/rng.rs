@@ -6,6 +6,7 @@ use super::Chain;
 use super::device::{Activation, Device, Handled};
 use super::spec::rng;
 use crate::memory::Ram;
+use crate::sandbox;
 
 /// Bytes that one request gets at most; a driver that wants more asks again (§5.4.6 lets the device give fewer).
 const REQUEST_BYTES_MAX: usize = 4096;
@@ -52,6 +53,10 @@ impl Device for Rng {
 
     fn config(&self) -> Vec<u8> {
         Vec::new()
+    }
+
+    fn walls(&self) -> sandbox::Kind {
+        sandbox::Kind::Rng
     }
 
     fn start(&mut self, activation: Activation) -> io::Result<()> {

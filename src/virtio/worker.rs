@@ -11,11 +11,12 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Activation, Completions, Device, Handled};
 use super::queue::{self, Queue};
 use super::spec::{interrupt, status};
+use crate::sandbox;
 
 /// Chains that are handled before other queues and events get their turn.
 const BATCH: usize = 128;
@@ -137,7 +138,7 @@ enum Reached {
 struct Control {
     /// An [`Order`] in the low bits, and above them a number that grows with each order.
     order: AtomicU32,
-    wake: EventFd,
+    wake: Arc<EventFd>,
     reached: Mutex<Reached>,
     changed: Condvar,
     config_writes: Mutex<Vec<(u32, Vec<u8>)>>,
@@ -185,18 +186,16 @@ pub(super) struct Parts {
     /// `None` where the driver has not set the queue up.
     pub(super) queues: Vec<Option<Queue>>,
     pub(super) kicks: Arc<[EventFd]>,
+    /// Wakes the worker up. Of the transport, since a vCPU that resets a device may neither open nor close anything.
+    pub(super) wake: Arc<EventFd>,
     pub(super) shared: Arc<Shared>,
 }
 
 /// Starts a thread for a device; gives the device back if the host has no thread.
 pub(super) fn spawn(parts: Parts) -> Result<Handle, (Box<dyn Device>, io::Error)> {
-    let wake = match EventFd::new(EFD_NONBLOCK) {
-        Ok(wake) => wake,
-        Err(error) => return Err((parts.device, error)),
-    };
     let control = Arc::new(Control {
         order: AtomicU32::new(Order::Run as u32),
-        wake,
+        wake: Arc::clone(&parts.wake),
         reached: Mutex::new(Reached::Running),
         changed: Condvar::new(),
         config_writes: Mutex::new(Vec::new()),
@@ -206,7 +205,7 @@ pub(super) fn spawn(parts: Parts) -> Result<Handle, (Box<dyn Device>, io::Error)
     let parts = Arc::new(Mutex::new(Some(parts)));
     let name = format!("virtio{}", lock(&parts).as_ref().map_or(0, |parts| parts.device.id()));
     let (for_thread, its_control) = (Arc::clone(&parts), Arc::clone(&control));
-    let thread = std::thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(move || {
+    let thread = sandbox::spawn_thread(name, STACK_BYTES, move || {
         let _ended = Ended(&its_control);
         if let Some(parts) = lock(&for_thread).take() {
             let device = serve(parts, &its_control);
@@ -313,8 +312,12 @@ impl Pausing {
 
 /// The thread: runs the device until it is told to stop, and gives it back.
 fn serve(parts: Parts, control: &Arc<Control>) -> Box<dyn Device> {
-    let Parts { mut device, activation, queues, kicks, shared } = parts;
-    let started = device.start(activation);
+    let Parts { mut device, activation, queues, kicks, shared, .. } = parts;
+    let manager = EventManager::new_with_capacity(8);
+    // What a start takes is not in the list of a device that runs.
+    let started = device.start(activation).and_then(|()| {
+        sandbox::enter(device.walls()).map_err(|error| io::Error::other(crate::error_chain(&error)))
+    });
     let service = Service::new(device, queues, Arc::clone(&kicks), shared);
     let mut worker = Worker { service, control: Arc::clone(control), watched: Vec::new(), over: false };
     match started {
@@ -326,7 +329,7 @@ fn serve(parts: Parts, control: &Arc<Control>) -> Box<dyn Device> {
         }
         Err(error) => worker.service.fail(&"cannot start", &error),
     }
-    let events = match EventManager::new_with_capacity(8) {
+    let events = match manager {
         Ok(mut manager) => {
             let id = manager.add_subscriber(worker);
             while manager.subscriber_mut(id).is_ok_and(|worker| !worker.over) {
@@ -448,7 +451,7 @@ impl Worker {
 
 impl MutEventSubscriber for Worker {
     fn init(&mut self, ops: &mut EventOps) {
-        if let Err(error) = ops.add(Events::with_data(&self.control.wake, WAKE, EventSet::IN)) {
+        if let Err(error) = ops.add(Events::with_data(&*self.control.wake, WAKE, EventSet::IN)) {
             self.service.fail(&"cannot watch its descriptors", &error);
         }
         // The driver may have made chains available before it said that it is ready.

@@ -227,6 +227,7 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
             config: VmConfig { kernel: Some(kernel_path), ..config.clone() },
             handles,
             state: State::Running,
+            keeper: None,
         },
         shutdown_timeout: Duration::from_secs(config.shutdown_timeout),
     })

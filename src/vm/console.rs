@@ -14,6 +14,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signalfd::SignalFd;
 
 use crate::legacy::{Serial, SerialSink};
+use crate::sandbox;
 use crate::virtio::console::{ConsoleHandle, ConsoleSink};
 
 /// Output that waits for a slow reader at most, in bytes.
@@ -176,6 +177,10 @@ impl ConsoleWriter {
         let tell = finished.clone();
         let thread =
             std::thread::Builder::new().name("console".into()).stack_size(64 << 10).spawn(move || {
+                if let Err(error) = sandbox::enter(sandbox::Kind::Console) {
+                    tracing::error!("{}", crate::error_chain(&error));
+                    return;
+                }
                 write_out(&source, &*line, target);
                 // Only an overflow could fail.
                 let _ = tell.write(1);

@@ -12,6 +12,7 @@ use super::config::{Size, VmConfig};
 use super::devices::Handles;
 use super::pause;
 use crate::disk;
+use crate::sandbox::keeper::{Found, Keeper};
 use crate::virtio::balloon::{BalloonHandle, PAGE_BYTES, Statistics};
 use crate::virtio::mmio::Transport;
 pub use crate::virtio::rate::{Bucket, Limits, LimitsChange};
@@ -54,6 +55,9 @@ pub enum Error {
     /// There is no such network device.
     #[error("the VM has no network interface {0:?}")]
     NoNet(String),
+    /// The disk's new image, as the keeper tells.
+    #[error("{0}")]
+    Image(String),
     /// The disk's new image.
     #[error(transparent)]
     Disk(#[from] disk::Error),
@@ -216,6 +220,8 @@ pub(super) struct Controlled {
     pub(super) config: VmConfig,
     pub(super) handles: Handles,
     pub(super) state: State,
+    /// Opens images behind the walls.
+    pub(super) keeper: Option<Keeper>,
 }
 
 impl Controlled {
@@ -312,10 +318,16 @@ impl Controlled {
             .and_then(|index| Some((index, self.handles.disks.get(index)?)))
             .ok_or_else(|| Error::NoDisk(id.to_owned()))?;
         let image = disk.handle.image();
-        if image.is_at(&path) {
-            image.measure_again(&path)?;
-        } else {
-            disk.handle.set_image(disk::open(&path, &image.options())?);
+        match &self.keeper {
+            Some(keeper) => match keeper.open(&path, image.options().read_only, image.numbers()) {
+                Ok(Found::Same) => image.measure_again(&path)?,
+                Ok(Found::File(file)) => {
+                    disk.handle.set_image(disk::adopt(file.into(), &path, &image.options())?);
+                }
+                Err(why) => return Err(Error::Image(why)),
+            },
+            None if image.is_at(&path) => image.measure_again(&path)?,
+            None => disk.handle.set_image(disk::open(&path, &image.options())?),
         }
         if let Some(disk) = self.config.all_disks_mut().nth(index) {
             disk.set_path(path);

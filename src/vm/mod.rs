@@ -29,6 +29,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::kvm::pvm::Emulator;
 use crate::kvm::{self, Vcpu};
 use crate::legacy::{GuestEvent, I8042, PowerBlock};
+use crate::sandbox::keeper::Keeper;
 use crate::virtio::console::ConsoleHandle;
 use crate::virtio::mmio::Transport;
 
@@ -72,6 +73,11 @@ pub struct Vm {
 }
 
 impl Vm {
+    /// Gives this VM what opens images for it behind the walls.
+    pub fn set_keeper(&mut self, keeper: Keeper) {
+        self.controlled.keeper = Some(keeper);
+    }
+
     /// What controls this VM from another thread, once it runs.
     pub fn control(&self) -> control::Control {
         self.control.clone()

@@ -4,10 +4,9 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::kvm::Kick;
+use super::vcpu::VcpuThread;
 use crate::virtio;
 use crate::virtio::mmio::Transport;
 
@@ -64,12 +63,12 @@ impl Gate {
     }
 
     /// Closes the gate and waits until all `threads` that have not ended rest; false if they do not in time.
-    fn close(&self, threads: &[JoinHandle<()>]) -> bool {
+    fn close(&self, threads: &[VcpuThread]) -> bool {
         let end = Instant::now() + PATIENCE;
         self.closed.store(true, Ordering::Release);
         let mut resting = self.lock();
         loop {
-            let alive = || threads.iter().filter(|thread| !thread.is_finished());
+            let alive = || threads.iter().filter(|thread| !thread.is_over());
             if *resting >= alive().count() {
                 return true;
             }
@@ -77,7 +76,7 @@ impl Gate {
                 return false;
             }
             // With one that rests already, this only ends its next run early.
-            alive().for_each(Kick::kick);
+            alive().for_each(VcpuThread::kick);
             let waited = self.changed.wait_timeout(resting, KICK_INTERVAL);
             resting = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -87,7 +86,7 @@ impl Gate {
 /// Brings vCPUs and devices to rest: no guest code runs, nothing is in flight, guest memory does not change.
 pub fn pause<'a>(
     gate: &Gate,
-    threads: &[JoinHandle<()>],
+    threads: &[VcpuThread],
     transports: impl Iterator<Item = &'a Transport> + Clone,
 ) -> Result<(), Error> {
     let mut rests = if gate.close(threads) { Ok(()) } else { Err(Error::Vcpu) };

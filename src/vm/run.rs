@@ -4,7 +4,6 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -17,10 +16,11 @@ use super::console::{ConsoleInput, ConsoleWriter, Drain, InputState, Line};
 use super::control::{self, Command, Control, Controlled, Reply, State};
 use super::pause;
 use super::timeline::Timeline;
-use super::vcpu::{self, Failure, VcpuShared};
+use super::vcpu::{self, Failure, VcpuShared, VcpuThread};
 use super::{End, Ended, Vm};
-use crate::kvm::{self, Kick};
+use crate::kvm;
 use crate::legacy::{BootMark, GuestRequest};
+use crate::sandbox::{self, keeper::Keeper};
 use crate::terminal::{self, RawTerminal};
 use crate::virtio::console::Size;
 
@@ -52,6 +52,9 @@ pub enum Error {
     /// The vCPU signal.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
+    /// The main thread's walls.
+    #[error(transparent)]
+    Sandbox(#[from] sandbox::Error),
 }
 
 const REQUESTS: u32 = 0;
@@ -61,6 +64,7 @@ const INPUT: u32 = 3;
 const ROOM: u32 = 4;
 const TIMER: u32 = 5;
 const CONTROL: u32 = 6;
+const KEEPER: u32 = 7;
 
 /// The subscriber of the main thread's event loop.
 struct MainLoop {
@@ -86,7 +90,7 @@ struct VmHandles {
     devices: super::Machine,
     requests_event: EventFd,
     room_event: EventFd,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    threads: Mutex<Vec<VcpuThread>>,
 }
 
 impl MainLoop {
@@ -288,6 +292,10 @@ impl MutEventSubscriber for MainLoop {
             ROOM => self.on_room(ops),
             TIMER => self.on_timer(),
             CONTROL => self.on_control(),
+            // The process that was started, and whose end is to be this one's.
+            KEEPER => {
+                self.end.get_or_insert(End::Killed { signal: libc::SIGKILL });
+            }
             _ => {}
         }
     }
@@ -305,6 +313,10 @@ impl MutEventSubscriber for MainLoop {
             if let Err(error) = ops.add(Events::with_data_raw(fd, data, EventSet::IN)) {
                 self.end.get_or_insert(End::Stuck(format!("cannot watch an event: {error:?}")));
             }
+        }
+        if let Some(fd) = self.controlled.keeper.as_ref().and_then(Keeper::followed_fd) {
+            let ended = EventSet::HANG_UP | EventSet::READ_HANG_UP;
+            let _ = ops.add(Events::with_data_raw(fd, KEEPER, ended));
         }
         self.follow_input(InputState::WaitForInput, ops);
     }
@@ -396,12 +408,15 @@ pub fn run(vm: Vm, timeline: &mut Timeline) -> Result<Ended, Error> {
         }
     }
 
+    let timer = TimerFd::new().map_err(Error::Timer)?;
+    let events = EventManager::<MainLoop>::new_with_capacity(8).map_err(Error::Events)?;
+    sandbox::enter(sandbox::Kind::Main)?;
     let main_loop = MainLoop {
         vm: vm.clone(),
         control,
         controlled,
         signals,
-        timer: TimerFd::new().map_err(Error::Timer)?,
+        timer,
         shutdown_signal: None,
         terminal,
         line,
@@ -410,7 +425,7 @@ pub fn run(vm: Vm, timeline: &mut Timeline) -> Result<Ended, Error> {
         shutdown_timeout,
         end: None,
     };
-    let result = serve(main_loop);
+    let result = serve(main_loop, events);
     stop(&vm);
     let mut end = result?;
     for writer in writers {
@@ -430,8 +445,7 @@ pub fn run(vm: Vm, timeline: &mut Timeline) -> Result<Ended, Error> {
 }
 
 /// Runs the event loop until it knows how the VM ends.
-fn serve(main_loop: MainLoop) -> Result<End, Error> {
-    let mut events = EventManager::<MainLoop>::new_with_capacity(8).map_err(Error::Events)?;
+fn serve(main_loop: MainLoop, mut events: EventManager<MainLoop>) -> Result<End, Error> {
     let id = events.add_subscriber(main_loop);
     loop {
         if let Some(end) = events.subscriber_mut(id).map_err(Error::Events)?.end.take() {
@@ -450,13 +464,9 @@ fn stop(vm: &VmHandles) {
     vm.shared.stop.store(true, Ordering::Release);
     vm.shared.gate.open();
     let threads = std::mem::take(&mut *vm.threads.lock().unwrap_or_else(PoisonError::into_inner));
-    while threads.iter().any(|thread| !thread.is_finished()) {
-        threads.iter().filter(|thread| !thread.is_finished()).for_each(Kick::kick);
+    while threads.iter().any(|thread| !thread.is_over()) {
+        threads.iter().filter(|thread| !thread.is_over()).for_each(VcpuThread::kick);
         std::thread::sleep(KICK_INTERVAL);
-    }
-    for thread in threads {
-        // A panic was turned into a failure on the thread itself.
-        let _ = thread.join();
     }
     for transport in &vm.devices.transports {
         if let Err(error) = transport.stop(DEVICE_PATIENCE) {

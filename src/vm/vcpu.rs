@@ -11,9 +11,10 @@ use vmm_sys_util::eventfd::EventFd;
 use super::pause::Gate;
 use crate::bus::Bus;
 use crate::kvm::pvm::Emulator;
-use crate::kvm::{Exit, Vcpu};
+use crate::kvm::{Exit, Kick, Vcpu};
 use crate::legacy::GuestRequests;
 use crate::memory::{self, Ram};
+use crate::sandbox;
 
 /// Why a vCPU cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -73,24 +74,61 @@ impl VcpuShared {
     }
 }
 
-/// Starts the thread of a vCPU. It ends when the machine stops, or after it has left a failure.
+/// A vCPU's thread.
+#[derive(Debug)]
+pub struct VcpuThread {
+    thread: JoinHandle<()>,
+    over: Arc<AtomicBool>,
+}
+
+impl VcpuThread {
+    /// Whether it will not touch the machine any more.
+    pub fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    /// Interrupts the vCPU.
+    pub fn kick(&self) {
+        self.thread.kick();
+    }
+}
+
+/// Says that a vCPU's thread is over, however it ends.
+struct Over(Arc<AtomicBool>);
+
+impl Drop for Over {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// Starts the thread of a vCPU. It is over when the machine stops, or after it has left a failure.
 pub fn spawn(
     mut vcpu: Vcpu,
     mut emulator: Option<Emulator>,
     shared: Arc<VcpuShared>,
-) -> std::io::Result<JoinHandle<()>> {
-    std::thread::Builder::new().name(format!("vcpu{}", vcpu.index())).stack_size(STACK_BYTES).spawn(
-        move || {
-            let result = catch_unwind(AssertUnwindSafe(|| run(&mut vcpu, emulator.as_mut(), &shared)));
-            match result {
-                Ok(Ok(())) => {}
-                Ok(Err(failure)) => shared.fail(failure),
-                Err(_) => {
-                    shared.fail(Failure::Stuck("the vCPU thread panicked; this is a bug in rvmm".into()))
-                }
-            }
-        },
-    )
+) -> std::io::Result<VcpuThread> {
+    let name = format!("vcpu{}", vcpu.index());
+    let over = Arc::new(AtomicBool::new(false));
+    let its_over = Over(Arc::clone(&over));
+    let thread = std::thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(move || {
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            sandbox::enter(sandbox::Kind::Vcpu)
+                .map_err(|error| Failure::Stuck(crate::error_chain(&error)))?;
+            run(&mut vcpu, emulator.as_mut(), &shared)
+        }));
+        match result {
+            Ok(Ok(())) => {}
+            Ok(Err(failure)) => shared.fail(failure),
+            Err(_) => shared.fail(Failure::Stuck("the vCPU thread panicked; this is a bug in rvmm".into())),
+        }
+        drop(its_over);
+        // The end of a thread takes system calls that a vCPU has no other use for, so it waits for the process's.
+        while sandbox::is_on() {
+            std::thread::park();
+        }
+    })?;
+    Ok(VcpuThread { thread, over })
 }
 
 fn run(vcpu: &mut Vcpu, mut emulator: Option<&mut Emulator>, shared: &VcpuShared) -> Result<(), Failure> {

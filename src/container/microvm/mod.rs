@@ -4,6 +4,7 @@
 
 mod sandbox;
 mod translate;
+mod user;
 
 use std::fs;
 use std::io;

@@ -17,6 +17,7 @@ use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_bind, mount_chang
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::translate::Shared;
+use super::user;
 use crate::container::backend::Error;
 use crate::container::files::{self, Lock};
 use crate::container::network::{Interface, TapPlug};
@@ -237,6 +238,8 @@ pub fn leave(dir: &Path, id: &str) -> Result<bool, Error> {
         let _ = fs::remove_file(dir.join(name));
     }
     let _ = fs::remove_dir_all(dir.join("users"));
+    let _ = fs::remove_dir(dir.join("jail"));
+    user::give_back(dir);
     Ok(true)
 }
 
@@ -301,6 +304,14 @@ fn spawn(dir: &Path, config: &Path) -> Result<u32, Error> {
         OpenOptions::new().append(true).create(true).mode(0o600).open(&log).map_err(failed("make", &log))?;
     let mut command = Command::new(&program);
     command.arg("--config").arg(config).arg("--api-socket").arg(dir.join("api.sock"));
+    if let Some(uid) = user::take(dir).map_err(failed("find a user for", dir))? {
+        // An empty directory is all that a monitor sees of the host's files.
+        let jail = dir.join("jail");
+        fs::create_dir_all(&jail).map_err(failed("make", &jail))?;
+        let mut description = jail.into_os_string();
+        description.push(format!(",uid={uid}"));
+        command.arg("--jail").arg(description);
+    }
     // A terminal's signals are for the container, and its end must not be the monitor's before the guest's.
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).process_group(0);
     Ok(command.spawn().map_err(failed("start", &program))?.id())

@@ -18,6 +18,7 @@ use super::device::{Activation, Completion, Completions, Device, Handled, Source
 use super::spec::fs::{ID, TAG_BYTES};
 use crate::fuse::{self, opcode};
 use crate::memory::Ram;
+use crate::sandbox;
 
 /// Size of the queue for what must not wait behind other requests.
 const HIGH_PRIORITY_SIZE: u16 = 128;
@@ -312,6 +313,10 @@ impl Device for Fs {
         let mut config = self.tag.to_vec();
         config.extend((self.queue_sizes.len() as u32 - 1).to_le_bytes()); // num_request_queues
         config
+    }
+
+    fn walls(&self) -> sandbox::Kind {
+        sandbox::Kind::Fs
     }
 
     fn start(&mut self, activation: Activation) -> io::Result<()> {

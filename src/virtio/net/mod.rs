@@ -25,6 +25,7 @@ use super::Chain;
 use super::device::{Activation, Completions, Device, Handled, Handover, Source};
 use super::rate::{LimitHandle, Limiter, Limits};
 use crate::memory::Ram;
+use crate::sandbox;
 use crate::tap::{HEADER_BYTES, Piece, Tap, offload};
 
 /// The largest packet: 64 KiB of IP behind Ethernet's header with a VLAN tag, behind the virtio header.
@@ -315,6 +316,10 @@ impl Device for Net {
         config.extend((self.pairs() as u16).to_le_bytes()); // max_virtqueue_pairs
         config.extend(self.mtu.to_le_bytes());
         config
+    }
+
+    fn walls(&self) -> sandbox::Kind {
+        sandbox::Kind::Net
     }
 
     fn start(&mut self, activation: Activation) -> io::Result<()> {

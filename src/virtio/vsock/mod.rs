@@ -20,6 +20,7 @@ use super::Chain;
 use super::device::{Activation, Device, Handled, Source};
 use super::spec::vsock::{self, feature, queue};
 use crate::memory::Ram;
+use crate::sandbox;
 
 /// Sizes of the queues for packets to the guest, from the guest, and for events.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
@@ -88,6 +89,10 @@ impl Device for Vsock {
     /// `struct virtio_vsock_config`, §5.10.4.
     fn config(&self) -> Vec<u8> {
         self.guest_cid.to_le_bytes().to_vec()
+    }
+
+    fn walls(&self) -> sandbox::Kind {
+        sandbox::Kind::Vsock
     }
 
     fn start(&mut self, activation: Activation) -> io::Result<()> {
