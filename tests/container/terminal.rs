@@ -60,12 +60,22 @@ impl Screen<'_> {
         }
     }
 
-    /// After keys that leave a session: the shell is there again, with its terminal as before.
+    /// Types a line until it is answered: what is typed before a client has the terminal is lost.
+    #[track_caller]
+    fn type_until(&self, line: &str, answer: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.contents().contains(answer) {
+            assert!(Instant::now() < deadline, "{answer:?} is not on the screen:\n{}", self.contents());
+            self.type_line(line);
+            std::thread::sleep(Duration::from_millis(500));
+        }
+    }
+
+    /// After the end of a session, whose line prints its code: the terminal is as before.
     #[track_caller]
     fn is_back(&self, mark: &str, code: u8) {
-        self.type_line(&format!("echo {mark}=$?; stty -a | cmp - before && echo {mark}-same"));
         self.expect(&format!("{mark}={code}"));
-        self.expect(&format!("{mark}-same"));
+        self.type_until(&format!("stty -a | cmp - before && echo {mark}-'same'"), &format!("{mark}-same"));
     }
 }
 
@@ -82,9 +92,9 @@ fn keys_leave_sessions_and_containers_go_on() {
     }
     let home = Home::new();
     let screen = Screen::start(&home);
-    let shell = format!("{IMAGE} env PS1='in> ' sh");
-    screen.type_line(&format!("$RVMM run -it --name one --network none {shell}"));
-    screen.expect("in>");
+    let shell = format!("{IMAGE} sh -c 'echo up-$((40 + 1)); exec sh'");
+    screen.type_line(&format!("$RVMM run -it --name one --network none {shell}; echo left-run=$?"));
+    screen.expect("up-41");
     // The first key alone is the container's, once it is known that the second does not come.
     screen.keys(&["-l", "echo fir"]);
     screen.keys(&["C-p"]);
@@ -96,27 +106,24 @@ fn keys_leave_sessions_and_containers_go_on() {
     screen.is_back("left-run", 0);
     assert_eq!(home.inspect("one")["State"]["Running"], true);
 
-    screen.type_line("$RVMM attach --detach-keys ctrl-x,z one");
-    // Nothing is shown before something is typed.
-    std::thread::sleep(Duration::from_millis(500));
-    screen.type_line("echo two-$((40 + 3))");
-    screen.expect("two-43");
+    screen.type_line("$RVMM attach --detach-keys ctrl-x,z one; echo left-attach=$?");
+    screen.type_until("echo two-$((40 + 3))", "two-43");
     // The usual keys are the container's here.
     screen.keys(&["C-x", "z"]);
     screen.is_back("left-attach", 0);
     assert_eq!(home.inspect("one")["State"]["Running"], true);
 
-    screen.type_line("$RVMM exec -it --detach-keys ctrl-a one sh -c 'echo in-$((40 + 4)); exec sleep 1000'");
+    screen.type_line("$RVMM exec -it --detach-keys ctrl-a one sh -c 'echo in-$((40 + 4)); exec sleep 1000'; echo left-exec=$?");
     screen.expect("in-44");
     screen.keys(&["C-a"]);
     screen.is_back("left-exec", 0);
-    screen.type_line("$RVMM exec -it one sh -c 'echo in-$((40 + 5)); exec sleep 1000'");
+    screen.type_line("$RVMM exec -it one sh -c 'echo in-$((40 + 5)); exec sleep 1000'; echo again-exec=$?");
     screen.expect("in-45");
     screen.keys(&["C-p", "C-q"]);
-    screen.is_back("left-exec-again", 0);
+    screen.is_back("again-exec", 0);
 
-    screen.type_line("$RVMM attach one");
-    std::thread::sleep(Duration::from_millis(500));
+    screen.type_line("$RVMM attach one; echo ended=$?");
+    screen.type_until("echo three-$((40 + 6))", "three-46");
     screen.type_line("exit 7");
     screen.is_back("ended", 7);
     assert_eq!(home.inspect("one")["State"]["ExitCode"], 7);
