@@ -3,8 +3,10 @@
 mod cases;
 mod faults;
 pub mod home;
+mod layers;
 mod life;
 mod many;
 pub mod network;
 mod random_faults;
 mod table;
+mod walls;
