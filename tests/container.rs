@@ -3,9 +3,11 @@
 mod cases;
 mod faults;
 pub mod home;
+mod layers;
 mod life;
 mod many;
 pub mod network;
 mod random_faults;
 mod table;
 mod terminal;
+mod walls;

@@ -311,7 +311,8 @@ pub fn archive() -> Option<&'static Path> {
     Some(PATH.get_or_init(|| directory.path().join("image.tar")))
 }
 
-fn make_archive() -> Option<tempfile::TempDir> {
+/// A layer with busybox under all of its names, a few users, and some files.
+pub fn busybox_layer() -> Option<Vec<u8>> {
     let path = std::env::var_os("PATH")?;
     let busybox =
         std::env::split_paths(&path).map(|path| path.join("busybox")).find(|path| path.is_file())?;
@@ -343,7 +344,11 @@ fn make_archive() -> Option<tempfile::TempDir> {
         header.set_gid(0);
         layer.append_link(&mut header, format!("bin/{name}"), "busybox").ok()?;
     }
-    let layer = layer.into_inner().ok()?;
+    layer.into_inner().ok()
+}
+
+fn make_archive() -> Option<tempfile::TempDir> {
+    let layer = busybox_layer()?;
     let config = json!({
         "architecture": "amd64", "os": "linux",
         "config": {

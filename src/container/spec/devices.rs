@@ -8,7 +8,7 @@ use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, Linu
 use rustix::fs::{major, minor};
 
 use super::Error;
-use crate::container::config::{Device, Security};
+use crate::container::config::{Device, Isolation, Security};
 
 /// Entries of a directory of devices that are looked at, in all.
 const ENTRIES_MAX: usize = 10_000;
@@ -40,16 +40,20 @@ const OWN: [&str; 8] = [
     "/dev/.udev",
 ];
 
-/// Nodes that are made, and rules for the device controller.
+/// Nodes that are made, and rules for the device controller. A privileged container has those of the host, if it has the
+/// host's kernel: numbers of its devices say nothing to another one.
 pub fn of_container(
     devices: &[Device],
     security: &Security,
+    isolation: Isolation,
 ) -> Result<(Vec<LinuxDevice>, Vec<LinuxDeviceCgroup>), Error> {
     let mut nodes = vec![];
     let mut rules = vec![rule(!security.privileged, None, None, None, "rwm")];
     if security.privileged {
         rules[0].set_allow(true);
-        nodes = below(Path::new("/dev"), Path::new("/dev"))?;
+        if isolation == Isolation::Native {
+            nodes = below(Path::new("/dev"), Path::new("/dev"))?;
+        }
     } else {
         rules[0].set_allow(false);
         let allowed = ALLOWED
@@ -162,7 +166,7 @@ mod tests {
 
     #[test]
     fn default_rules_deny_all_and_allow_eleven() {
-        let (nodes, rules) = of_container(&[], &Security::default()).unwrap();
+        let (nodes, rules) = of_container(&[], &Security::default(), Isolation::Native).unwrap();
         assert!(nodes.is_empty());
         let lines: Vec<String> = rules.iter().map(|rule| format!("{} {rule}", rule.allow())).collect();
         assert_eq!(lines.len(), 12);
@@ -173,8 +177,12 @@ mod tests {
 
     #[test]
     fn device_is_made_where_it_is_asked_for_with_its_access() {
-        let (nodes, rules) =
-            of_container(&[device("/dev/zero", "/dev/nothing", "r")], &Security::default()).unwrap();
+        let (nodes, rules) = of_container(
+            &[device("/dev/zero", "/dev/nothing", "r")],
+            &Security::default(),
+            Isolation::Native,
+        )
+        .unwrap();
         assert_eq!((nodes[0].path().as_path(), nodes[0].minor()), (Path::new("/dev/nothing"), 5));
         assert_eq!(rules.last().unwrap().to_string(), "c 1:5 r");
     }
@@ -182,16 +190,19 @@ mod tests {
     #[test]
     fn privileged_container_has_the_devices_of_the_host_but_not_its_terminals() {
         let privileged = Security { privileged: true, ..Security::default() };
-        let (nodes, rules) = of_container(&[], &privileged).unwrap();
+        let (nodes, rules) = of_container(&[], &privileged, Isolation::Native).unwrap();
         assert_eq!((rules.len(), rules[0].allow()), (1, true));
         assert!(nodes.iter().any(|node| node.path() == Path::new("/dev/null")));
         assert!(!nodes.iter().any(|node| node.path().starts_with("/dev/pts")));
+        let (nodes, rules) = of_container(&[], &privileged, Isolation::Microvm).unwrap();
+        assert_eq!((nodes.len(), rules.len(), rules[0].allow()), (0, 1, true));
     }
 
     #[test]
     fn what_is_no_device_is_an_error() {
-        let one =
-            |host, container, access| of_container(&[device(host, container, access)], &Security::default());
+        let one = |host, container, access| {
+            of_container(&[device(host, container, access)], &Security::default(), Isolation::Native)
+        };
         assert!(matches!(one("/etc/passwd", "/dev/x", "r"), Err(Error::NoDevice { .. })));
         assert!(matches!(one("/dev/not-there", "/dev/x", "r"), Err(Error::Device { .. })));
         assert!(matches!(one("/dev/zero", "/dev/zero", "rx"), Err(Error::DeviceAccess { .. })));

@@ -286,7 +286,7 @@ pub fn build(inputs: &Inputs) -> Result<Spec, Error> {
         users: inputs.users,
     })?;
 
-    let (nodes, rules) = devices::of_container(&config.devices, &config.security)?;
+    let (nodes, rules) = devices::of_container(&config.devices, &config.security, config.isolation)?;
     let mut resources = resources::of_container(&config.limits)?;
     resources.set_devices(Some(rules));
     let masks = if config.security.privileged || config.security.unmask {
