@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 const MAX_FILE_BYTES: u64 = 32 << 10;
 
 /// What each top-level module may use of the others. `platform` and `program` are for all.
-const MAY_USE: [(&str, &[&str]); 22] = [
-    ("cli", &["api", "boot", "container", "doctor", "fileserver", "image", "kvm", "terminal", "vm"]),
+const MAY_USE: [(&str, &[&str]); 23] = [
+    ("bench", &[]),
+    ("cli", &["api", "bench", "boot", "container", "doctor", "fileserver", "image", "kvm", "terminal", "vm"]),
     ("container", &["guest", "image", "tap", "vm"]),
     ("image", &[]),
     ("guest", &[]),
