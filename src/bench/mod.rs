@@ -4,6 +4,7 @@
 //! ([`results`]); whatever is printed or drawn is a function of what lies in it ([`summary`]). docs/compare.md has the design.
 
 pub mod catalogue;
+pub mod report;
 pub mod results;
 pub mod stats;
 pub mod summary;
