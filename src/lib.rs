@@ -5,6 +5,7 @@
 //! - `main -> cli -> {api, vm}`; `api -> {socket, vm}`
 //! - `vm -> {boot, virtio, legacy, bus, kvm, memory, disk, tap, fileserver, socket}`
 //! - `cli -> doctor -> {kvm, vm}`
+//! - `cli -> bench`: drives public command lines and uses nothing else of the library
 //! - `cli -> image`: images, registries and the store; it uses nothing else
 //! - `fileserver -> fuse`: a process of its own
 //! - `virtio -> {memory, disk, tap, fuse, socket}`, never `kvm` or `vm`: it is handed event descriptors
@@ -15,6 +16,7 @@
 //! `tests/tidy.rs` holds these edges.
 
 pub mod api;
+pub mod bench;
 pub mod boot;
 pub mod bus;
 pub mod cli;

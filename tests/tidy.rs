@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 const MAX_FILE_BYTES: u64 = 32 << 10;
 
 /// What each top-level module may use of the others. `platform` and `program` are for all.
-const MAY_USE: [(&str, &[&str]); 23] = [
+const MAY_USE: [(&str, &[&str]); 24] = [
+    ("bench", &[]),
     (
         "cli",
-        &["api", "boot", "container", "doctor", "fileserver", "image", "kvm", "sandbox", "terminal", "vm"],
+        &["api", "bench", "boot", "container", "doctor", "fileserver", "image", "kvm", "sandbox", "terminal", "vm"],
     ),
     ("container", &["guest", "image", "tap", "vm"]),
     ("image", &[]),

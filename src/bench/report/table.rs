@@ -1,0 +1,317 @@
+//! The report for a terminal: verdict first.
+
+use unicode_width::UnicodeWidthStr;
+
+use super::claims::{self, Judgement};
+use super::format;
+use super::verdict::{self, Outcome, Ruling};
+use crate::bench::summary::{Series, Summary, Verdict};
+
+const BOLD: &str = "\x1b[1m";
+const DIM: &str = "\x1b[2m";
+const GREEN: &str = "\x1b[32m";
+const YELLOW: &str = "\x1b[33m";
+const RESET: &str = "\x1b[0m";
+
+/// Paints, or does not.
+#[derive(Clone, Copy)]
+pub(super) struct Paint(pub bool);
+
+impl Paint {
+    fn with(self, code: &str, text: &str) -> String {
+        if self.0 && !text.is_empty() { format!("{code}{text}{RESET}") } else { text.to_owned() }
+    }
+    pub fn bold(self, text: &str) -> String {
+        self.with(BOLD, text)
+    }
+    pub fn dim(self, text: &str) -> String {
+        self.with(DIM, text)
+    }
+    pub fn good(self, text: &str) -> String {
+        self.with(GREEN, text)
+    }
+    pub fn warn(self, text: &str) -> String {
+        self.with(YELLOW, text)
+    }
+}
+
+/// The whole report, for people at a terminal; `colour` where standard output is one.
+pub fn table(summary: &Summary, colour: bool) -> String {
+    let paint = Paint(colour);
+    let mut text = head(summary, paint);
+    let rulings = verdict::rulings(summary);
+    text.push_str(&format!("\n{}\n{}\n", paint.bold("Verdict"), verdict::headline(summary, &rulings)));
+    if let (Some((a, b)), false) = (verdict::pair(summary), rulings.is_empty()) {
+        let header = [
+            "dimension",
+            &verdict::title(summary, a),
+            &verdict::title(summary, b),
+            "better",
+            "by",
+            "interval",
+            "",
+        ];
+        let rows: Vec<Vec<Cell>> = rulings.iter().map(|ruling| verdict_row(ruling, paint)).collect();
+        text.push('\n');
+        text.push_str(&columns(&header, &rows, paint));
+        text.push_str(&paint.dim(&format!(
+            "Intervals hold the factor with {} confidence; ! marks figures that a warning above touches.\n",
+            format::percent(summary.plan.confidence)
+        )));
+    }
+    text.push_str(&figures(summary, paint));
+    text.push_str(&facts(summary, paint));
+    text.push_str(&claims_part(summary, paint));
+    text
+}
+
+/// What was run where, and what makes it unrepresentative.
+fn head(summary: &Summary, paint: Paint) -> String {
+    let host = &summary.host;
+    let mut text = format!(
+        "{}\n{}, {}, Linux {}, KVM: {}\n",
+        paint.bold(&format!("{} compared on this host", format::clean(&summary.plan.image))),
+        format::clean(&host.cpu.model),
+        format::counted(host.cpu.count as usize, "processor", "processors"),
+        format::clean(&host.kernel),
+        format::clean(&host.kvm),
+    );
+    if !summary.complete {
+        let why = summary.why_incomplete.as_deref().unwrap_or("the run did not come to its end");
+        text.push_str(&paint.warn(&format!("Partial: {}.\n", format::clean(why))));
+    }
+    for warning in &host.warnings {
+        text.push_str(&paint.warn(&format!("Warning: {}\n", format::clean(&warning.text))));
+    }
+    text
+}
+
+fn verdict_row(ruling: &Ruling, paint: Paint) -> Vec<Cell> {
+    let side = |index: usize| {
+        ruling.sides.get(index).map_or(String::new(), |side| format::figure(ruling.unit, side.median))
+    };
+    let (better, by, interval) = match ruling.outcome {
+        Outcome::Won { factor, interval, .. } => (
+            Cell::left(paint.good(ruling.winner().map_or("", |side| &side.title))),
+            factor.map_or(String::new(), |factor| format!("{}×", format::factor(factor))),
+            interval.map_or(String::new(), format::factors),
+        ),
+        Outcome::NoDifference => (Cell::left(paint.dim("no difference found")), String::new(), String::new()),
+        Outcome::TooFew => (Cell::left(paint.dim("too few samples")), String::new(), String::new()),
+    };
+    let mark = if ruling.warnings.is_empty() { String::new() } else { paint.warn("!") };
+    vec![
+        Cell::left(ruling.title.clone()),
+        Cell::right(side(0)),
+        Cell::right(side(1)),
+        better,
+        Cell::right(by),
+        Cell::left(interval),
+        Cell::left(mark),
+    ]
+}
+
+/// All figures, probe by probe and metric by metric.
+fn figures(summary: &Summary, paint: Paint) -> String {
+    let mut text = String::new();
+    let mut last = None;
+    let mut rows: Vec<Vec<Cell>> = vec![];
+    let header = ["", "median", "interval", "beside the baseline", "samples", ""];
+    for series in &summary.series {
+        if last != Some(&series.probe) {
+            text.push_str(&flush(&header, &mut rows, paint));
+            text.push_str(&format!("\n{}\n", paint.bold(&verdict::probe_title(summary, &series.probe))));
+            last = Some(&series.probe);
+        }
+        if rows.last_of_metric() != Some(series.metric.as_str()) {
+            rows.push(vec![Cell {
+                text: verdict::metric_title(summary, &series.probe, &series.metric),
+                right: false,
+                of: Some(series.metric.clone()),
+            }]);
+        }
+        rows.push(figure_row(summary, series, paint));
+    }
+    text.push_str(&flush(&header, &mut rows, paint));
+    text
+}
+
+/// Which metric the rows so far end with.
+trait LastOfMetric {
+    fn last_of_metric(&self) -> Option<&str>;
+}
+
+impl LastOfMetric for Vec<Vec<Cell>> {
+    fn last_of_metric(&self) -> Option<&str> {
+        self.iter().rev().find_map(|row| row.first()?.of.as_deref())
+    }
+}
+
+fn flush(header: &[&str], rows: &mut Vec<Vec<Cell>>, paint: Paint) -> String {
+    if rows.is_empty() { String::new() } else { columns(header, &std::mem::take(rows), paint) }
+}
+
+fn figure_row(summary: &Summary, series: &Series, paint: Paint) -> Vec<Cell> {
+    let name = Cell::left(format!("  {}", verdict::title(summary, &series.executor)));
+    if series.values.is_empty() {
+        return vec![name, Cell::right(paint.dim("–")), Cell::left(paint.dim(&reasons(&series.failures)))];
+    }
+    let median = series.quantiles.median;
+    let beside = summary.comparison(&series.probe, &series.metric, &summary.plan.baseline, &series.executor);
+    let beside = beside.map_or(String::new(), |found| match (found.verdict, found.ratio) {
+        (Verdict::NoDifference, _) => paint.dim("no difference found"),
+        (Verdict::TooFew, _) => paint.dim("too few samples"),
+        (_, Some(ratio)) => match found.interval {
+            Some(interval) if interval.low < interval.high => {
+                format!("{}× ({})", format::factor(ratio), format::factors(interval))
+            }
+            _ => format!("{}×", format::factor(ratio)),
+        },
+        (Verdict::Lower, None) => "lower".into(),
+        (Verdict::Higher, None) => "higher".into(),
+    });
+    let mut notes = vec![];
+    if !series.outliers.is_empty() {
+        notes.push(format::counted(series.outliers.len(), "outlier", "outliers"));
+    }
+    if !series.failures.is_empty() {
+        notes.push(reasons(&series.failures));
+    }
+    vec![
+        name,
+        Cell::right(format::figure(series.unit, median)),
+        Cell::left(
+            series.interval.map_or(String::new(), |interval| format::interval(series.unit, median, interval)),
+        ),
+        Cell::left(beside),
+        Cell::right(series.values.len().to_string()),
+        Cell::left(paint.dim(&notes.join("; "))),
+    ]
+}
+
+/// Why figures are missing.
+pub(super) fn reasons(failures: &[String]) -> String {
+    failures.iter().map(|why| format::clean(why)).collect::<Vec<_>>().join("; ")
+}
+
+fn facts(summary: &Summary, paint: Paint) -> String {
+    if summary.facts.is_empty() {
+        return String::new();
+    }
+    let mut text = format!("\n{}\n", paint.bold("Facts"));
+    let mut rows = vec![];
+    let mut last = None;
+    for fact in &summary.facts {
+        if last != Some((&fact.probe, &fact.metric)) {
+            last = Some((&fact.probe, &fact.metric));
+            rows.push(vec![Cell::left(verdict::metric_title(summary, &fact.probe, &fact.metric))]);
+        }
+        let values = match fact.values.is_empty() {
+            true => paint.dim(&reasons(&fact.failures)),
+            false => reasons(&fact.values),
+        };
+        rows.push(vec![
+            Cell::left(format!("  {}", verdict::title(summary, &fact.executor))),
+            Cell::left(values),
+        ]);
+    }
+    text.push_str(&columns(&["", ""], &rows, paint));
+    text
+}
+
+fn claims_part(summary: &Summary, paint: Paint) -> String {
+    let mut text = format!("\n{}\n", paint.bold("Claims"));
+    for claim in claims::claims(summary) {
+        let words = match claim.judgement {
+            Judgement::Confirmed | Judgement::Refuted | Judgement::Mixed => {
+                paint.good(claim.judgement.words())
+            }
+            _ => paint.dim(claim.judgement.words()),
+        };
+        text.push_str(&format!("{:>2}. {}: {words}\n", claim.number, claim.claim));
+        if !claim.evidence.is_empty() {
+            text.push_str(&format!("    {}\n", claim.answer));
+        }
+    }
+    text
+}
+
+/// A cell, its width counted without the codes that paint it.
+pub(super) struct Cell {
+    text: String,
+    right: bool,
+    /// The metric that its row is the heading of.
+    of: Option<String>,
+}
+
+impl Cell {
+    pub fn left(text: String) -> Cell {
+        Cell { text, right: false, of: None }
+    }
+    pub fn right(text: String) -> Cell {
+        Cell { text, right: true, of: None }
+    }
+}
+
+/// Columns as wide as their widest cell; a row of one cell is a heading, and as wide as it likes.
+pub(super) fn columns(header: &[&str], rows: &[Vec<Cell>], paint: Paint) -> String {
+    let mut widths: Vec<usize> = header.iter().map(|cell| cell.width()).collect();
+    for row in rows.iter().filter(|row| row.len() > 1) {
+        // The last cell of a row pushes nothing.
+        for (width, cell) in widths.iter_mut().zip(&row[..row.len() - 1]) {
+            *width = (*width).max(width_of(&cell.text));
+        }
+    }
+    let rights: Vec<bool> = (0..header.len())
+        .map(|at| rows.iter().any(|row| row.get(at).is_some_and(|cell| cell.right)))
+        .collect();
+    let mut text = String::new();
+    if header.iter().any(|name| !name.is_empty()) {
+        let cells = header.iter().zip(&rights).map(|(name, right)| (*name, *right));
+        text.push_str(&(paint.dim(&line(cells, &widths)) + "\n"));
+    }
+    for row in rows {
+        text.push_str(&(line(row.iter().map(|cell| (cell.text.as_str(), cell.right)), &widths) + "\n"));
+    }
+    text
+}
+
+fn line<'a>(cells: impl Iterator<Item = (&'a str, bool)>, widths: &[usize]) -> String {
+    let mut text = String::new();
+    for (at, ((cell, right), width)) in cells.zip(widths).enumerate() {
+        let space = " ".repeat(width.saturating_sub(width_of(cell)));
+        text.push_str(if at == 0 { "" } else { "  " });
+        match right {
+            true => text.push_str(&(space + cell)),
+            false => text.push_str(&(cell.to_owned() + &space)),
+        }
+    }
+    text.trim_end().to_owned()
+}
+
+/// Columns of a terminal that a text takes; our own codes take none.
+fn width_of(text: &str) -> usize {
+    let mut plain = text.to_owned();
+    for code in [BOLD, DIM, GREEN, YELLOW, RESET] {
+        plain = plain.replace(code, "");
+    }
+    plain.width()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_aligned_whatever_paints_them() {
+        let paint = Paint(true);
+        let rows = vec![
+            vec![Cell::left(paint.good("ab")), Cell::right("1".into()), Cell::left("x".into())],
+            vec![Cell::left("abcd".into()), Cell::right("100".into()), Cell::left("x".into())],
+        ];
+        let text = columns(&["", "n", ""], &rows, Paint(false));
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(width_of(lines[1]), width_of(lines[2]));
+        assert_eq!(lines[2], "abcd  100  x");
+    }
+}
