@@ -45,6 +45,8 @@ pub struct Request {
     pub runs: Option<u32>,
     /// From this follows the order.
     pub seed: u64,
+    /// Bytes that idle instances take on purpose, for the check that they are found.
+    pub memory_on_purpose: u64,
     /// Names of probes; empty: all.
     pub probes: Vec<String>,
     /// Names of executors; empty: all that are there.
@@ -169,6 +171,7 @@ fn prepare_and_measure(
         guest: request.guest.clone(),
         directory: work.directory.clone(),
         quick: request.quick,
+        memory_on_purpose: request.memory_on_purpose,
         instances: Cell::new(0),
         commands: RefCell::new(vec![]),
     };
@@ -210,7 +213,7 @@ fn probes(request: &Request) -> Result<Vec<Box<dyn Probe>>, Error> {
         return Err(Error::NoProbe { name: name.clone(), known: available.join(", ") });
     }
     if request.probes.is_empty() {
-        return Ok(probe::all());
+        return Ok(probe::all().into_iter().filter(|probe| probe.is_quick() || !request.quick).collect());
     }
     let wanted = |name: &&str| request.probes.iter().any(|wanted| wanted == name);
     let chosen = probe::all().into_iter().filter(|probe| probe.names().iter().any(|name| wanted(name)));

@@ -288,11 +288,11 @@ impl Session<'_> {
             Err(error) if error.is_interruption() => return Err(Error::Interrupted),
             Err(error) => (self.failures(&names, &crate::error_chain(&error)), false),
         };
-        // A warm-up's figures are of no use, but a failure is one.
-        if warm_up && went_well {
-            return Ok(true);
-        }
         for (probe, found) in found {
+            // A warm-up's figures are of no use; what fails in it may not be tried again.
+            if warm_up && !matches!(found.value, Value::Failed(_)) {
+                continue;
+            }
             let metric = self.metric(probe, &found)?;
             self.writer.sample(&Sample {
                 probe: probe.into(),

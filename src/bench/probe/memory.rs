@@ -11,11 +11,7 @@ use crate::bench::executor::{Executor, Instance, Process, Role};
 const GUEST_MAPPING_BYTES: u64 = 48 << 20;
 
 /// Idle instances.
-#[derive(Default)]
-pub struct Memory {
-    /// What the helper takes on purpose, for the check that it is found.
-    pub on_purpose: u64,
-}
+pub struct Memory;
 
 /// Memory of some processes, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -40,57 +36,55 @@ impl Probe for Memory {
         executor: &dyn Executor,
     ) -> Result<Vec<(&'static str, Found)>, Error> {
         // The first shares nothing yet; what one more takes is seen with the second.
-        let first = self.start(context, executor)?;
-        let result = self.one_more(context, executor);
+        let first = start(context, executor)?;
+        let result = one_more(context, executor);
         executor.remove(&context.spawner, first)?;
         Ok(result?.into_iter().map(|found| ("memory", found)).collect())
     }
 }
 
-impl Memory {
-    fn start(&self, context: &Context, executor: &dyn Executor) -> Result<Instance, Error> {
-        let bytes = self.on_purpose.to_string();
-        let job = context.helper(["idle", &bytes]);
-        if let Ok(invocation) = executor.run(&job) {
-            context.note(&invocation);
-        }
-        let mut instance = executor.start(&context.spawner, &job)?;
-        match executor.wait_for_line(&context.spawner, &mut instance, super::MARKER) {
-            Ok(_) => Ok(instance),
-            Err(error) => {
-                executor.remove(&context.spawner, instance)?;
-                Err(error.into())
-            }
+fn start(context: &Context, executor: &dyn Executor) -> Result<Instance, Error> {
+    let bytes = context.memory_on_purpose.to_string();
+    let job = context.helper(["idle", &bytes]);
+    if let Ok(invocation) = executor.run(&job) {
+        context.note(&invocation);
+    }
+    let mut instance = executor.start(&context.spawner, &job)?;
+    match executor.wait_for_line(&context.spawner, &mut instance, super::MARKER) {
+        Ok(_) => Ok(instance),
+        Err(error) => {
+            executor.remove(&context.spawner, instance)?;
+            Err(error.into())
         }
     }
+}
 
-    fn one_more(&self, context: &Context, executor: &dyn Executor) -> Result<Vec<Found>, Error> {
-        let settle = Duration::from_millis(if context.quick { 150 } else { 500 });
+fn one_more(context: &Context, executor: &dyn Executor) -> Result<Vec<Found>, Error> {
+    let settle = Duration::from_millis(if context.quick { 150 } else { 500 });
+    context.pause(settle)?;
+    let before = System::now()?;
+    let second = start(context, executor)?;
+    let measured = (|| {
         context.pause(settle)?;
-        let before = System::now()?;
-        let second = self.start(context, executor)?;
-        let measured = (|| {
-            context.pause(settle)?;
-            let after = System::now()?;
-            let processes = executor.processes(&context.spawner, &second)?;
-            let taken = taken(&processes)?;
-            let busy = busy_ticks(&processes);
-            let watched = Duration::from_millis(if context.quick { 300 } else { 2000 });
-            context.pause(watched)?;
-            let idle = (busy_ticks(&processes) - busy) / ticks_per_second() / watched.as_secs_f64();
-            Ok(vec![
-                Found::number("pss", taken.monitor + taken.guest + taken.workload),
-                Found::number("monitor", taken.monitor),
-                Found::number("guest", taken.guest),
-                Found::number("workload", taken.workload),
-                Found::number("system", before.available - after.available),
-                Found::number("page_cache", after.cached - before.cached),
-                Found::number("idle_cpu", idle),
-            ])
-        })();
-        executor.remove(&context.spawner, second)?;
-        measured
-    }
+        let after = System::now()?;
+        let processes = executor.processes(&context.spawner, &second)?;
+        let taken = taken(&processes)?;
+        let busy = busy_ticks(&processes);
+        let watched = Duration::from_millis(if context.quick { 300 } else { 2000 });
+        context.pause(watched)?;
+        let idle = (busy_ticks(&processes) - busy) / ticks_per_second() / watched.as_secs_f64();
+        Ok(vec![
+            Found::number("pss", taken.monitor + taken.guest + taken.workload),
+            Found::number("monitor", taken.monitor),
+            Found::number("guest", taken.guest),
+            Found::number("workload", taken.workload),
+            Found::number("system", before.available - after.available),
+            Found::number("page_cache", after.cached - before.cached),
+            Found::number("idle_cpu", idle),
+        ])
+    })();
+    executor.remove(&context.spawner, second)?;
+    measured
 }
 
 /// The host's memory, in bytes.
@@ -144,6 +138,12 @@ fn taken(processes: &[Process]) -> Result<Taken, Error> {
     }
 }
 
+/// Proportional memory of some processes together, in bytes.
+pub(super) fn total(processes: &[Process]) -> Result<f64, Error> {
+    let taken = taken(processes)?;
+    Ok(taken.monitor + taken.guest + taken.workload)
+}
+
 /// Proportional memory in mappings that are small, and in those that are large enough to be a guest's memory.
 fn pss(smaps: &str) -> (f64, f64) {
     let (mut small, mut large) = (0.0, 0.0);
@@ -162,7 +162,7 @@ fn pss(smaps: &str) -> (f64, f64) {
 }
 
 /// Processor time that processes have used, in ticks.
-fn busy_ticks(processes: &[Process]) -> f64 {
+pub(super) fn busy_ticks(processes: &[Process]) -> f64 {
     let ticks = |process: &Process| -> Option<(u32, f64)> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", process.pid)).ok()?;
         let mut fields = stat.rsplit(')').next()?.split_whitespace().skip(11);
@@ -172,7 +172,7 @@ fn busy_ticks(processes: &[Process]) -> f64 {
     processes.iter().filter_map(ticks).collect::<HashMap<_, _>>().values().sum()
 }
 
-fn ticks_per_second() -> f64 {
+pub(super) fn ticks_per_second() -> f64 {
     rustix::param::clock_ticks_per_second() as f64
 }
 

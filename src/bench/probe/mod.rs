@@ -1,8 +1,11 @@
 //! What is measured. A probe takes one sample of one executor at a time; who calls it sees to order, noise and time.
 
+pub mod density;
+pub mod disk;
 pub mod isolation;
 pub mod memory;
 pub mod micro;
+pub mod network;
 pub mod persistence;
 pub mod size;
 pub mod start;
@@ -40,6 +43,8 @@ pub struct Context {
     pub directory: PathBuf,
     /// Short measurements, for a first look.
     pub quick: bool,
+    /// Bytes that idle instances take on purpose, for the check that they are found.
+    pub memory_on_purpose: u64,
     /// Counts instances, for their names.
     pub instances: Cell<u32>,
     /// The command lines that were run, not yet written down.
@@ -107,6 +112,11 @@ pub trait Probe {
     /// What it finds is counted, so one round is enough.
     fn is_exact(&self) -> bool {
         false
+    }
+
+    /// Whether a first look has it.
+    fn is_quick(&self) -> bool {
+        true
     }
 
     /// How much of the time of a run it should have, beside others that have 1.
@@ -182,8 +192,11 @@ pub fn all() -> Vec<Box<dyn Probe>> {
     vec![
         Box::new(start::Start::default()),
         Box::new(timeline::BootTimeline),
-        Box::new(memory::Memory::default()),
+        Box::new(memory::Memory),
+        Box::new(density::Density),
         Box::new(micro::Micro::all()),
+        Box::new(disk::Disk),
+        Box::new(network::Network),
         Box::new(size::Size),
         Box::new(isolation::Isolation),
         Box::new(persistence::Persistence),

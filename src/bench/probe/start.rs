@@ -9,9 +9,13 @@ use serde_json::Value as Json;
 use super::{Context, Error, Found, Probe, spoken};
 use crate::bench::executor::{Executor, Instance, Job, Network, PATIENCE};
 use crate::bench::process::Running;
+use crate::bench::results::Value;
 
 /// How often the helper is asked for its clock. The fastest answer counts.
 const CLOCK_QUESTIONS: usize = 7;
+
+/// Where starting one takes longer than this many seconds, many at once are not tried.
+const SLOW: f64 = 3.0;
 
 /// Starts and stops.
 #[derive(Default)]
@@ -35,14 +39,28 @@ impl Probe for Start {
         executor: &dyn Executor,
     ) -> Result<Vec<(&'static str, Found)>, Error> {
         let mut found = first_output(context, executor)?;
-        let others: [(&'static str, Measure); 3] =
-            [("whole", whole), ("stop", stop), ("first_http", first_http)];
+        let output = found.iter().find_map(|found| match found.value {
+            Value::Number(seconds) if found.metric == "first_output" => Some(seconds),
+            _ => None,
+        });
+        let output = output.unwrap_or(0.0);
+        let mut others: Vec<(&'static str, Measure)> =
+            vec![("whole", whole), ("stop", stop), ("first_http", first_http)];
+        if !context.quick {
+            others.extend([("parallel_10", parallel_10 as Measure), ("parallel_50", parallel_50)]);
+        }
         for (metric, measure) in others {
             let key = (executor.name().to_owned(), metric);
             if self.refused.contains(&key) {
                 continue;
             }
-            match measure(context, executor) {
+            let result = match metric.starts_with("parallel") && output > SLOW {
+                true => Err(Error::Other(format!(
+                    "starting one takes {output:.1} s: many at once were not tried"
+                ))),
+                false => measure(context, executor),
+            };
+            match result {
                 Ok(more) => found.extend(more),
                 Err(error) if error.is_interruption() => return Err(error),
                 Err(error) => {
@@ -105,6 +123,46 @@ fn first_output(context: &Context, executor: &dyn Executor) -> Result<Vec<Found>
     running.close_stdin();
     running.finish(PATIENCE)?;
     Ok(vec![Found::number("first_instruction", began.min(output)), Found::number("first_output", output)])
+}
+
+fn parallel_10(context: &Context, executor: &dyn Executor) -> Result<Vec<Found>, Error> {
+    parallel(context, executor, "parallel_10", 10)
+}
+
+fn parallel_50(context: &Context, executor: &dyn Executor) -> Result<Vec<Found>, Error> {
+    parallel(context, executor, "parallel_50", 50)
+}
+
+/// Many at once, until the last has spoken.
+fn parallel(
+    context: &Context,
+    executor: &dyn Executor,
+    metric: &str,
+    count: u32,
+) -> Result<Vec<Found>, Error> {
+    let invocations: Result<Vec<_>, _> =
+        (0..count).map(|_| executor.run(&context.helper(["start"]))).collect();
+    let invocations = invocations?;
+    let begun = Instant::now();
+    let mut running = vec![];
+    for invocation in &invocations {
+        running.push(context.spawner.spawn(invocation)?);
+    }
+    let mut last = begun;
+    for one in &mut running {
+        let (_, spoke) = one.line(PATIENCE, |line| spoken(line)?.get("entry").and_then(Json::as_u64))?;
+        last = last.max(spoke);
+    }
+    // The times are those of this process's reading: a line may have come while another was waited for, never later.
+    let took = (last - begun).as_secs_f64();
+    for one in &mut running {
+        one.write(b"q")?;
+        one.close_stdin();
+    }
+    for one in &mut running {
+        one.finish(PATIENCE)?;
+    }
+    Ok(vec![Found::number(metric, took)])
 }
 
 /// The whole command, as a shell sees it.

@@ -75,6 +75,7 @@ fn context(directory: &Path) -> Context {
         guest: "g".into(),
         directory: directory.into(),
         quick: true,
+        memory_on_purpose: 0,
         instances: Cell::new(0),
         commands: RefCell::new(vec![]),
     }

@@ -72,6 +72,9 @@ struct MeasureArguments {
     /// Another helper than the one beside the guests' kernels
     #[arg(long, value_name = "FILE", hide = true)]
     helper: Option<PathBuf>,
+    /// Memory that idle instances take on purpose, for checks
+    #[arg(long, value_name = "BYTES", hide = true, default_value_t = 0)]
+    memory_on_purpose: u64,
     #[command(flatten)]
     report: reports::ReportArguments,
 }
@@ -174,6 +177,7 @@ fn request(arguments: &MeasureArguments) -> anyhow::Result<Request> {
         quick: arguments.quick,
         runs: arguments.runs,
         seed,
+        memory_on_purpose: arguments.memory_on_purpose,
         probes: arguments.probe.clone(),
         with: arguments.with.clone(),
         out: absolute(&arguments.out.clone().unwrap_or_else(|| format!("compare-{date}").into()))?,
