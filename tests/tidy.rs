@@ -8,15 +8,27 @@ use std::path::{Path, PathBuf};
 const MAX_FILE_BYTES: u64 = 32 << 10;
 
 /// What each top-level module may use of the others. `platform` and `program` are for all.
-const MAY_USE: [(&str, &[&str]); 23] = [
+const MAY_USE: [(&str, &[&str]); 24] = [
     (
         "cli",
-        &["api", "boot", "container", "doctor", "fileserver", "image", "kvm", "sandbox", "terminal", "vm"],
+        &[
+            "api",
+            "boot",
+            "container",
+            "doctor",
+            "fileserver",
+            "image",
+            "kvm",
+            "metrics",
+            "sandbox",
+            "terminal",
+            "vm",
+        ],
     ),
     ("container", &["guest", "image", "tap", "vm"]),
     ("image", &[]),
     ("guest", &[]),
-    ("api", &["sandbox", "socket", "vm"]),
+    ("api", &["metrics", "sandbox", "socket", "vm"]),
     ("doctor", &["kvm", "vm"]),
     (
         "vm",
@@ -28,6 +40,7 @@ const MAY_USE: [(&str, &[&str]); 23] = [
             "kvm",
             "legacy",
             "memory",
+            "metrics",
             "sandbox",
             "socket",
             "tap",
@@ -35,7 +48,7 @@ const MAY_USE: [(&str, &[&str]); 23] = [
             "virtio",
         ],
     ),
-    ("virtio", &["bus", "disk", "fuse", "memory", "sandbox", "socket", "tap"]),
+    ("virtio", &["bus", "disk", "fuse", "memory", "metrics", "sandbox", "socket", "tap"]),
     ("fileserver", &["fuse"]),
     ("fuse", &[]),
     ("guest", &[]),
@@ -47,6 +60,7 @@ const MAY_USE: [(&str, &[&str]); 23] = [
     ("disk", &[]),
     ("platform", &[]),
     ("program", &[]),
+    ("metrics", &[]),
     ("sandbox", &["disk", "terminal"]),
     ("socket", &["sandbox"]),
     ("tap", &[]),

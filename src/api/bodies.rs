@@ -81,7 +81,7 @@ pub struct BalloonStatsUpdate {
 }
 
 /// A token bucket; one whose size or time is 0 limits nothing.
-#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenBucket {
     size: u64,
@@ -103,7 +103,7 @@ impl TokenBucket {
 }
 
 /// Limits, in both directions: what is not there stays as it is.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiter {
     bandwidth: Option<TokenBucket>,
