@@ -99,6 +99,17 @@ pub struct MachineConfig {
     huge_pages: Option<String>,
 }
 
+impl MachineConfig {
+    /// Whether what a machine must have is there; else the name of what is missing.
+    pub fn check_whole(&self) -> Result<(), &'static str> {
+        match (self.vcpu_count, self.mem_size_mib) {
+            (None, _) => Err("vcpu_count"),
+            (_, None) => Err("mem_size_mib"),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// `PUT /logger`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -172,7 +183,10 @@ impl Setup {
             Part::Boot(boot) => {
                 check_file(&boot.kernel_image_path, "The kernel file cannot be opened")?;
                 if let Some(initrd) = &boot.initrd_path {
-                    check_file(initrd, "The initrd file cannot be opened due to invalid path or invalid permissions")?;
+                    check_file(
+                        initrd,
+                        "The initrd file cannot be opened due to invalid path or invalid permissions",
+                    )?;
                 }
                 next.kernel = Some(boot.kernel_image_path);
                 next.initrd = boot.initrd_path;
@@ -335,17 +349,20 @@ fn add_net(config: &mut VmConfig, interface: NetworkInterface) -> Result<(), Str
 fn set_machine(config: &mut VmConfig, machine: MachineConfig) -> Result<(), String> {
     if let Some(cpus) = machine.vcpu_count {
         if !(1..=CPUS_MAX).contains(&cpus) {
-            return Err("The vCPU count must be greater than 0, less than 32 and must be 1 or an even number if SMT \
+            return Err(
+                "The vCPU count must be greater than 0, less than 32 and must be 1 or an even number if SMT \
                         is enabled."
-                .into());
+                    .into(),
+            );
         }
         config.cpus = cpus;
     }
     if let Some(memory) = machine.mem_size_mib {
         let bytes = memory.checked_mul(1 << 20).filter(|bytes| *bytes > 0);
-        config.memory = Size(bytes.ok_or(
-            "The memory size (MiB) is either 0, or not a multiple of the configured page size.",
-        )?);
+        config.memory = Size(
+            bytes
+                .ok_or("The memory size (MiB) is either 0, or not a multiple of the configured page size.")?,
+        );
     }
     for (wanted, what) in [
         (machine.smt == Some(true), "smt"),

@@ -229,6 +229,7 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
             state: State::Running,
             keeper: None,
         },
+        metrics: None,
         shutdown_timeout: Duration::from_secs(config.shutdown_timeout),
     })
 }
