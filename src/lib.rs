@@ -10,6 +10,7 @@
 //! - `fileserver -> fuse`: a process of its own
 //! - `virtio -> {memory, disk, tap, fuse, socket}`, never `kvm` or `vm`: it is handed event descriptors
 //! - `boot -> memory`; `legacy`, `disk`, `tap`, `memory`, `bus`, `socket` -> crates only
+//! - `metrics`: counters, which `api`, `virtio` and `vm` add to
 //! - `sandbox -> {disk, terminal}`: the walls, which `api`, `cli`, `socket`, `virtio` and `vm` put up
 //! - `platform` holds addresses and numbers, `program` where this program is, and every module may use them
 //!
@@ -30,6 +31,7 @@ pub mod image;
 pub mod kvm;
 pub mod legacy;
 pub mod memory;
+pub mod metrics;
 pub mod platform;
 pub mod program;
 pub mod sandbox;

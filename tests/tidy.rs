@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const MAX_FILE_BYTES: u64 = 32 << 10;
 
 /// What each top-level module may use of the others. `platform` and `program` are for all.
-const MAY_USE: [(&str, &[&str]); 24] = [
+const MAY_USE: [(&str, &[&str]); 25] = [
     ("bench", &[]),
     (
         "cli",
@@ -21,6 +21,7 @@ const MAY_USE: [(&str, &[&str]); 24] = [
             "fileserver",
             "image",
             "kvm",
+            "metrics",
             "sandbox",
             "terminal",
             "vm",
@@ -29,7 +30,7 @@ const MAY_USE: [(&str, &[&str]); 24] = [
     ("container", &["guest", "image", "tap", "vm"]),
     ("image", &[]),
     ("guest", &[]),
-    ("api", &["sandbox", "socket", "vm"]),
+    ("api", &["metrics", "sandbox", "socket", "vm"]),
     ("doctor", &["container", "kvm", "vm"]),
     (
         "vm",
@@ -41,6 +42,7 @@ const MAY_USE: [(&str, &[&str]); 24] = [
             "kvm",
             "legacy",
             "memory",
+            "metrics",
             "sandbox",
             "socket",
             "tap",
@@ -48,7 +50,7 @@ const MAY_USE: [(&str, &[&str]); 24] = [
             "virtio",
         ],
     ),
-    ("virtio", &["bus", "disk", "fuse", "memory", "sandbox", "socket", "tap"]),
+    ("virtio", &["bus", "disk", "fuse", "memory", "metrics", "sandbox", "socket", "tap"]),
     ("fileserver", &["fuse"]),
     ("fuse", &[]),
     ("guest", &[]),
@@ -60,6 +62,7 @@ const MAY_USE: [(&str, &[&str]); 24] = [
     ("disk", &[]),
     ("platform", &[]),
     ("program", &[]),
+    ("metrics", &[]),
     ("sandbox", &["disk", "terminal"]),
     ("socket", &["sandbox"]),
     ("tap", &[]),

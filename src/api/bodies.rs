@@ -4,25 +4,27 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::vm::config::{self, DiskCache, DiskIo, VmConfig};
+use crate::vm::config::{self, Cpu, CpuTemplate, DiskCache, DiskIo, VmConfig};
 use crate::vm::control::{BalloonReport, Bucket, Limits, LimitsChange, State};
 
 /// Answer to `GET /`.
 #[derive(Serialize)]
-pub struct InstanceInfo {
+pub struct InstanceInfo<'a> {
     app_name: &'static str,
-    id: &'static str,
+    id: &'a str,
     state: &'static str,
     vmm_version: &'static str,
 }
 
-impl InstanceInfo {
-    pub fn new(state: State) -> Self {
+impl<'a> InstanceInfo<'a> {
+    /// Of a VM that has started, or not.
+    pub fn new(state: Option<State>, id: &'a str) -> Self {
         let state = match state {
-            State::Running => "Running",
-            State::Paused => "Paused",
+            None => "Not started",
+            Some(State::Running) => "Running",
+            Some(State::Paused) => "Paused",
         };
-        Self { app_name: "rvmm", id: "anonymous-instance", state, vmm_version: env!("CARGO_PKG_VERSION") }
+        Self { app_name: "rvmm", id, state, vmm_version: env!("CARGO_PKG_VERSION") }
     }
 }
 
@@ -81,7 +83,7 @@ pub struct BalloonStatsUpdate {
 }
 
 /// A token bucket; one whose size or time is 0 limits nothing.
-#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenBucket {
     size: u64,
@@ -103,7 +105,7 @@ impl TokenBucket {
 }
 
 /// Limits, in both directions: what is not there stays as it is.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiter {
     bandwidth: Option<TokenBucket>,
@@ -279,7 +281,7 @@ pub struct FullVmConfiguration<'a> {
     balloon: Option<Balloon>,
     drives: Vec<Drive<'a>>,
     boot_source: BootSource<'a>,
-    cpu_config: Option<&'a str>,
+    cpu_config: Option<CpuTemplate>,
     logger: Option<&'a str>,
     machine_config: MachineConfiguration,
     metrics: Option<&'a str>,
@@ -323,7 +325,10 @@ impl<'a> FullVmConfiguration<'a> {
                 initrd_path: config.initrd.as_deref(),
                 boot_args: config.cmdline.as_deref(),
             },
-            cpu_config: None,
+            cpu_config: match &config.cpu {
+                Cpu::Template(template) => Some((**template).clone()),
+                Cpu::Host | Cpu::Baseline => None,
+            },
             logger: None,
             machine_config: MachineConfiguration::new(config),
             metrics: None,

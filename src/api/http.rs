@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
@@ -15,12 +15,15 @@ use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::UnixStream;
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::timeout;
 
-use super::routes::{self, Answer, Fault, Route};
-use crate::sandbox;
-use crate::vm::control::{self, Control};
+use super::routes::{self, Answer, Fault, Route, Shape};
+use super::setup::Setup;
+use crate::vm::control::{self, Command, Control};
+use crate::{metrics, sandbox};
 
 /// Bytes of a request's body; Firecracker's limit.
 pub(super) const BODY_BYTES_MAX: usize = 51_200;
@@ -38,23 +41,55 @@ const CONNECTION_LIMIT: Duration = Duration::from_secs(600);
 /// How long to wait when the process has no descriptor for another client.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves clients until the process ends.
-pub(super) fn run(listener: UnixListener, control: Control) -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
-    sandbox::enter(sandbox::Kind::Api).map_err(io::Error::other)?;
-    runtime.block_on(accept(listener, control))
+/// What the server's connections share.
+pub(super) struct Shared {
+    /// What `GET /` calls the VM.
+    pub(super) id: String,
+    pub(super) phase: Mutex<Phase>,
 }
 
-async fn accept(listener: UnixListener, control: Control) -> io::Result<()> {
+/// What requests are about.
+pub(super) enum Phase {
+    /// A VM that is being put together.
+    Setup(Box<Setup>, UnboundedSender<Start>),
+    /// One that has started.
+    Running(Control),
+}
+
+/// A start that was asked for, and who waits for what comes of it.
+pub(super) struct Start {
+    pub(super) setup: Setup,
+    pub(super) answer: oneshot::Sender<Result<(), String>>,
+}
+
+/// What serves clients.
+pub(super) fn runtime() -> io::Result<Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()
+}
+
+/// Has clients accepted whenever the runtime runs.
+pub(super) fn listen(runtime: &Runtime, listener: UnixListener, shared: Arc<Shared>) -> io::Result<()> {
+    let _entered = runtime.enter();
     let listener = tokio::net::UnixListener::from_std(listener)?;
+    runtime.spawn(accept(listener, shared));
+    Ok(())
+}
+
+/// Serves clients until the process ends.
+pub(super) fn run(runtime: &Runtime) -> io::Result<()> {
+    sandbox::enter(sandbox::Kind::Api).map_err(io::Error::other)?;
+    runtime.block_on(std::future::pending())
+}
+
+async fn accept(listener: tokio::net::UnixListener, shared: Arc<Shared>) {
     let places = Arc::new(Semaphore::new(CLIENTS_MAX));
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let control = control.clone();
+                let shared = Arc::clone(&shared);
                 tokio::spawn(async move {
-                    connection(stream, control).await;
+                    connection(stream, shared).await;
                     drop(place);
                 });
             }
@@ -66,10 +101,10 @@ async fn accept(listener: UnixListener, control: Control) -> io::Result<()> {
     }
 }
 
-async fn connection(stream: UnixStream, control: Control) {
+async fn connection(stream: UnixStream, shared: Arc<Shared>) {
     let service = service_fn(|request| {
-        let control = control.clone();
-        async move { Ok::<_, Infallible>(response(respond(request, &control).await)) }
+        let shared = Arc::clone(&shared);
+        async move { Ok::<_, Infallible>(response(respond(request, &shared).await)) }
     });
     let mut connection = pin!(
         http1::Builder::new()
@@ -96,27 +131,73 @@ fn response(answer: Answer) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(answer.body)));
     *response.status_mut() = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     if answer.status != routes::NO_CONTENT {
-        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(answer.content_type));
     }
     response
 }
 
-async fn respond(request: Request<Incoming>, control: &Control) -> Answer {
-    try_respond(request, control).await.unwrap_or_else(|fault| fault.answer())
+async fn respond(request: Request<Incoming>, shared: &Shared) -> Answer {
+    let method = metrics::API_METHODS.iter().position(|method| *method == request.method().as_str());
+    let method = method.unwrap_or(metrics::API_METHODS.len() - 1);
+    let count = |counters: &[metrics::Counter]| {
+        if let Some(counter) = counters.get(method) {
+            counter.add(1);
+        }
+    };
+    count(&metrics::API_REQUESTS);
+    try_respond(request, shared).await.unwrap_or_else(|fault| {
+        count(&metrics::API_FAULTS);
+        fault.answer()
+    })
 }
 
-async fn try_respond(request: Request<Incoming>, control: &Control) -> Result<Answer, Fault> {
+/// What is left to do for a request when the phase is known.
+enum Next {
+    Send(Control, Command, Shape),
+    Start(oneshot::Receiver<Result<(), String>>),
+}
+
+async fn try_respond(request: Request<Incoming>, shared: &Shared) -> Result<Answer, Fault> {
     let (head, body) = request.into_parts();
     let body = read_body(body).await?;
     tracing::debug!(method = %head.method, path = head.uri.path(), "a request to the control socket");
-    match routes::route(head.method.as_str(), head.uri.path(), &body)? {
-        Route::Answer(answer) => Ok(answer),
-        Route::Command(command, shape) => {
+    let route = routes::route(head.method.as_str(), head.uri.path(), &body)?;
+    let next = {
+        let mut phase = shared.phase.lock().unwrap_or_else(PoisonError::into_inner);
+        match (&mut *phase, route) {
+            (_, Route::Answer(answer)) => return Ok(answer),
+            (Phase::Running(control), Route::Command(command, shape)) => {
+                Next::Send(control.clone(), command, shape)
+            }
+            (Phase::Running(_), Route::Part(_) | Route::Start) => return Err(routes::after_start()),
+            (Phase::Setup(setup, _), Route::Command(command, shape)) => {
+                return Answer::of_setup(&command, shape, &setup.config, &shared.id);
+            }
+            (Phase::Setup(setup, _), Route::Part(part)) => {
+                return setup.add(part).map(|()| Answer::nothing()).map_err(Fault::bad_request);
+            }
+            (Phase::Setup(setup, starts), Route::Start) => {
+                if setup.config.kernel.is_none() {
+                    return Err(Fault::bad_request("Cannot start microvm without kernel configuration."));
+                }
+                let (answer, receiver) = oneshot::channel();
+                let start = Start { setup: (**setup).clone(), answer };
+                starts.send(start).map_err(|_| Fault::from(control::Error::Ended))?;
+                Next::Start(receiver)
+            }
+        }
+    };
+    match next {
+        Next::Send(control, command, shape) => {
             let (sender, receiver) = oneshot::channel();
             // A client that has gone does not hear the answer.
             control.send(command, Box::new(move |result| drop(sender.send(result))));
             let result = receiver.await.unwrap_or(Err(control::Error::Ended));
-            routes::answer(result?, shape)
+            routes::answer(result?, shape, &shared.id)
+        }
+        Next::Start(receiver) => {
+            let result = receiver.await.unwrap_or_else(|_| Err(control::Error::Ended.to_string()));
+            result.map(|()| Answer::nothing()).map_err(Fault::bad_request)
         }
     }
 }

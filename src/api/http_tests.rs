@@ -3,7 +3,7 @@ use std::os::unix::net::UnixStream as Client;
 use std::time::Instant;
 
 use super::*;
-use crate::vm::control::{Command, Reply, State};
+use crate::vm::control::{Reply, State};
 
 /// A server, and a thread in the VM's place that answers with the state, or nothing.
 struct Rig {
@@ -20,7 +20,13 @@ impl Rig {
         listener.set_nonblocking(true).unwrap();
         let control = Control::new().unwrap();
         let (served, answered) = (control.clone(), control.clone());
-        std::thread::spawn(move || run(listener, served));
+        let phase = Mutex::new(Phase::Running(served));
+        let shared = Arc::new(Shared { id: "test".into(), phase });
+        std::thread::spawn(move || {
+            let runtime = runtime().unwrap();
+            listen(&runtime, listener, shared).unwrap();
+            run(&runtime)
+        });
         std::thread::spawn(move || {
             loop {
                 match answered.take() {

@@ -9,12 +9,19 @@
 mod bodies;
 mod http;
 mod routes;
+mod setup;
+
+pub use setup::{Logger, Setup};
 
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::signal::{SigSet, Signal};
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::oneshot;
 
 use crate::socket::{self, SocketFile};
 use crate::vm::control::Control;
@@ -53,9 +60,79 @@ pub struct Server {
     _file: SocketFile,
 }
 
+/// A control socket whose clients put a VM together.
+pub struct Waiting {
+    runtime: Runtime,
+    shared: Arc<http::Shared>,
+    starts: UnboundedReceiver<http::Start>,
+    file: SocketFile,
+}
+
+/// A VM that is to start, and a client that waits for it.
+pub struct Start {
+    /// What it is made of.
+    pub setup: Setup,
+    answer: oneshot::Sender<Result<(), String>>,
+}
+
+impl Start {
+    /// Tells the client why it does not.
+    pub fn refuse(self, why: String) {
+        let _ = self.answer.send(Err(why));
+    }
+
+    /// Takes the description out.
+    pub fn take_setup(&mut self) -> Setup {
+        std::mem::take(&mut self.setup)
+    }
+}
+
+impl Socket {
+    /// Lets clients put a VM together, from `setup` on. They are served while [`Waiting::wait`] waits.
+    pub fn wait(self, id: String, setup: Setup) -> Result<Waiting, Error> {
+        let (sender, starts) = tokio::sync::mpsc::unbounded_channel();
+        let phase = Mutex::new(http::Phase::Setup(Box::new(setup), sender));
+        let (runtime, shared, file) = self.listen(id, phase)?;
+        Ok(Waiting { runtime, shared, starts, file })
+    }
+
+    fn listen(
+        self,
+        id: String,
+        phase: Mutex<http::Phase>,
+    ) -> Result<(Runtime, Arc<http::Shared>, SocketFile), Error> {
+        let Socket { listener, _file: file } = self;
+        let runtime = http::runtime().map_err(Error::Serve)?;
+        let shared = Arc::new(http::Shared { id, phase });
+        http::listen(&runtime, listener, Arc::clone(&shared)).map_err(Error::Serve)?;
+        Ok((runtime, shared, file))
+    }
+}
+
+impl Waiting {
+    /// Serves clients until one starts the VM. Those that come later wait until [`Self::serve`].
+    pub fn wait(&mut self) -> Result<Start, Error> {
+        let start = self.runtime.block_on(self.starts.recv());
+        let http::Start { setup, answer } =
+            start.ok_or_else(|| Error::Serve(io::ErrorKind::BrokenPipe.into()))?;
+        Ok(Start { setup, answer })
+    }
+
+    /// Tells the client that the VM has started, and serves it and all others on a thread of its own.
+    pub fn serve(self, start: Start, control: Control) -> Result<Server, Error> {
+        *self.shared.phase.lock().unwrap_or_else(PoisonError::into_inner) = http::Phase::Running(control);
+        let _ = start.answer.send(Ok(()));
+        spawn(self.runtime, self.file)
+    }
+}
+
 /// Serves `socket` on a thread of its own.
-pub fn serve(socket: Socket, control: Control) -> Result<Server, Error> {
-    let Socket { listener, _file } = socket;
+pub fn serve(socket: Socket, id: String, control: Control) -> Result<Server, Error> {
+    let (runtime, _, file) = socket.listen(id, Mutex::new(http::Phase::Running(control)))?;
+    spawn(runtime, file)
+}
+
+fn spawn(runtime: Runtime, file: SocketFile) -> Result<Server, Error> {
     // Signals are for the main thread, which blocks its own later than this.
     let before = SigSet::thread_get_mask().map_err(|error| Error::Serve(error.into()))?;
     let mut blocked = SigSet::all();
@@ -63,11 +140,11 @@ pub fn serve(socket: Socket, control: Control) -> Result<Server, Error> {
     blocked.remove(Signal::SIGSYS);
     blocked.thread_block().map_err(|error| Error::Serve(error.into()))?;
     let thread = std::thread::Builder::new().name("api".into()).stack_size(STACK_BYTES).spawn(move || {
-        if let Err(error) = http::run(listener, control) {
+        if let Err(error) = http::run(&runtime) {
             tracing::error!("the control socket is served no more: {error}");
         }
     });
     before.thread_set_mask().map_err(|error| Error::Serve(error.into()))?;
     thread.map_err(Error::Serve)?;
-    Ok(Server { _file })
+    Ok(Server { _file: file })
 }

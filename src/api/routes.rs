@@ -9,9 +9,12 @@ use super::bodies::{
     self, Action, ActionType, Balloon, BalloonStatsUpdate, BalloonUpdate, FullVmConfiguration, InstanceInfo,
     MachineConfiguration, PartialDrive, PartialNetworkInterface, Version, Vm, VmState,
 };
-use crate::vm::config::Size;
+use super::setup::{Drive, MachineConfig, NetworkInterface, Part};
+use crate::metrics;
+use crate::vm::config::{Size, VmConfig};
 use crate::vm::control::{self, Command, Reply};
 
+const JSON: &str = "application/json";
 const OK: u16 = 200;
 pub(super) const NO_CONTENT: u16 = 204;
 const BAD_REQUEST: u16 = 400;
@@ -24,18 +27,33 @@ const SERVICE_UNAVAILABLE: u16 = 503;
 #[derive(Debug, PartialEq, Eq)]
 pub struct Answer {
     pub status: u16,
-    /// JSON, or nothing.
+    /// JSON, text, or nothing.
     pub body: String,
+    pub content_type: &'static str,
 }
 
 impl Answer {
-    fn nothing() -> Self {
-        Self { status: NO_CONTENT, body: String::new() }
+    pub fn nothing() -> Self {
+        Self { status: NO_CONTENT, body: String::new(), content_type: JSON }
+    }
+
+    /// In the form that Prometheus reads.
+    fn text(body: String) -> Self {
+        Self { status: OK, body, content_type: "text/plain; version=0.0.4; charset=utf-8" }
+    }
+
+    /// What a VM tells that has not started.
+    pub fn of_setup(command: &Command, shape: Shape, config: &VmConfig, id: &str) -> Result<Self, Fault> {
+        match (command, shape) {
+            (Command::State, _) => Ok(Self::json(OK, &InstanceInfo::new(None, id))),
+            (Command::Config, _) => answer(Reply::Config(Box::new(config.clone())), shape, id),
+            _ => Err(before_start()),
+        }
     }
 
     fn json(status: u16, body: &impl Serialize) -> Self {
         match serde_json::to_string(body) {
-            Ok(body) => Self { status, body },
+            Ok(body) => Self { status, body, content_type: JSON },
             // Only a path that is no text cannot be said in JSON.
             Err(error) => Fault { status: INTERNAL_SERVER_ERROR, message: error.to_string() }.answer(),
         }
@@ -107,25 +125,11 @@ pub enum Route {
     Answer(Answer),
     /// A command, and how its reply is shown.
     Command(Command, Shape),
+    /// A part of a VM that has not started.
+    Part(Part),
+    /// The start.
+    Start,
 }
-
-/// Places that can be written only before the machine starts, which it has long done.
-const BEFORE_START: [&str; 14] = [
-    "balloon",
-    "boot-source",
-    "cpu-config",
-    "drives",
-    "entropy",
-    "hotplug",
-    "logger",
-    "machine-config",
-    "metrics",
-    "mmds",
-    "network-interfaces",
-    "pmem",
-    "serial",
-    "vsock",
-];
 
 /// Finds out what a request asks for.
 pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Route, Fault> {
@@ -158,19 +162,70 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Route, Fault> {
         ("PATCH", ["drives", id]) => patch_drive(id, parse(body)?)?,
         ("PATCH", ["network-interfaces", id]) => patch_network_interface(id, parse(body)?)?,
         ("PUT", ["actions"]) => put_action(parse::<Action>(body)?.action_type)?,
-        ("PUT", [first, ..]) if BEFORE_START.contains(first) => return Err(after_start()),
-        ("PATCH", ["machine-config"]) => return Err(after_start()),
+        ("GET", ["metrics", "prometheus"]) => Route::Answer(Answer::text(metrics::text())),
+        ("PUT", ["boot-source"]) => Route::Part(Part::Boot(parse(body)?)),
+        ("PUT", ["drives", id]) => {
+            let drive: Box<Drive> = parse(body)?;
+            check_id(id, &drive.drive_id)?;
+            Route::Part(Part::Drive(drive))
+        }
+        ("PUT", ["network-interfaces", id]) => {
+            let interface: Box<NetworkInterface> = parse(body)?;
+            check_id(id, &interface.iface_id)?;
+            Route::Part(Part::Net(interface))
+        }
+        ("PUT", ["vsock"]) => Route::Part(Part::Vsock(parse(body)?)),
+        ("PUT", ["balloon"]) => Route::Part(Part::Balloon(parse(body)?)),
+        ("PUT", ["entropy"]) => Route::Part(Part::Entropy(parse(body)?)),
+        ("PUT", ["machine-config"]) => {
+            let machine: MachineConfig = parse(body)?;
+            machine.check_whole().map_err(|field| {
+                Fault::bad_request(format!(
+                    "An error occurred when deserializing the json body of a request: missing field `{field}`."
+                ))
+            })?;
+            Route::Part(Part::Machine(machine))
+        }
+        ("PATCH", ["machine-config"]) => {
+            let machine: MachineConfig = parse(body)?;
+            if machine == MachineConfig::default() {
+                return Err(Fault::bad_request("Empty PATCH request."));
+            }
+            Route::Part(Part::Machine(machine))
+        }
+        ("PUT", ["cpu-config"]) => Route::Part(Part::Cpu(parse(body)?)),
+        ("PUT", ["logger"]) => Route::Part(Part::Logger(parse(body)?)),
+        ("PUT", ["metrics"]) => Route::Part(Part::Metrics(parse(body)?)),
+        ("PUT", ["serial"]) => Route::Part(Part::Serial(parse(body)?)),
+        ("PUT", ["snapshot", "create" | "load"]) => return Err(not_yet("Snapshots")),
+        ("PUT" | "PATCH" | "GET", ["mmds"]) | ("PUT", ["mmds", "config"]) => {
+            return Err(not_yet("The metadata service (MMDS)"));
+        }
+        ("PUT" | "PATCH", ["pmem", _]) | ("PUT" | "PATCH", ["hotplug", "memory"]) => {
+            return Err(not_yet("Such a device"));
+        }
         _ => return Err(unknown()),
     };
     Ok(command)
+}
+
+fn not_yet(what: &str) -> Fault {
+    let are = if what.ends_with('s') { "are" } else { "is" };
+    Fault::bad_request(format!("{what} {are} not supported yet."))
 }
 
 fn done(command: Command) -> Route {
     Route::Command(command, Shape::Nothing)
 }
 
-fn after_start() -> Fault {
+/// What cannot be done any more.
+pub fn after_start() -> Fault {
     Fault::bad_request("The requested operation is not supported after starting the microVM.")
+}
+
+/// What cannot be done yet.
+pub fn before_start() -> Fault {
+    Fault::bad_request("The requested operation is not supported before starting the microVM.")
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
@@ -210,16 +265,15 @@ fn patch_network_interface(id: &str, interface: PartialNetworkInterface) -> Resu
 fn put_action(action: ActionType) -> Result<Route, Fault> {
     match action {
         ActionType::SendCtrlAltDel => Ok(done(Command::PressPower)),
-        // As in Firecracker where no metrics were asked for: all that was to be written is written.
-        ActionType::FlushMetrics => Ok(Route::Answer(Answer::nothing())),
-        ActionType::InstanceStart => Err(after_start()),
+        ActionType::FlushMetrics => Ok(done(Command::FlushMetrics)),
+        ActionType::InstanceStart => Ok(Route::Start),
     }
 }
 
 /// Shows a reply.
-pub fn answer(reply: Reply, shape: Shape) -> Result<Answer, Fault> {
+pub fn answer(reply: Reply, shape: Shape, id: &str) -> Result<Answer, Fault> {
     Ok(match (reply, shape) {
-        (Reply::State(state), Shape::Instance) => Answer::json(OK, &InstanceInfo::new(state)),
+        (Reply::State(state), Shape::Instance) => Answer::json(OK, &InstanceInfo::new(Some(state), id)),
         (Reply::Config(config), Shape::FullConfig) => Answer::json(OK, &FullVmConfiguration::new(&config)),
         (Reply::Config(config), Shape::MachineConfig) => {
             Answer::json(OK, &MachineConfiguration::new(&config))
@@ -291,8 +345,8 @@ mod tests {
                 transmit: LimitsChange::default(),
             }
         );
-        let flush = route("PUT", "/actions", br#"{"action_type":"FlushMetrics"}"#);
-        assert_eq!(flush, Ok(Route::Answer(Answer::nothing())));
+        assert_eq!(command("PUT", "/actions", r#"{"action_type":"FlushMetrics"}"#), Command::FlushMetrics);
+        assert_eq!(route("PUT", "/actions", br#"{"action_type":"InstanceStart"}"#), Ok(Route::Start));
     }
 
     #[test]
@@ -318,9 +372,17 @@ mod tests {
             ("PATCH", "/drives/a", r#"{"drive_id":"a"}"#, "nothing to change"),
             ("PATCH", "/drives/", r#"{"drive_id":"a"}"#, "Invalid request"),
             ("PATCH", "/network-interfaces/e", r#"{"iface_id":"e"}"#, "nothing to change"),
-            ("PUT", "/actions", r#"{"action_type":"InstanceStart"}"#, "not supported after starting"),
-            ("PUT", "/machine-config", r#"{"vcpu_count":2}"#, "not supported after starting"),
-            ("PUT", "/drives/x", "nonsense", "not supported after starting"),
+            ("PUT", "/machine-config", r#"{"vcpu_count":2}"#, "missing field `mem_size_mib`"),
+            ("PATCH", "/machine-config", "{}", "Empty PATCH request."),
+            ("PUT", "/drives/x", "nonsense", "deserializing"),
+            (
+                "PUT",
+                "/drives/x",
+                r#"{"drive_id":"y","is_root_device":true,"path_on_host":"/x"}"#,
+                "\"x\" in the path",
+            ),
+            ("PUT", "/snapshot/create", r#"{}"#, "Snapshots are not supported yet."),
+            ("PUT", "/mmds", r#"{}"#, "not supported yet"),
         ] {
             let message = fault(method, path, body);
             assert!(message.contains(says), "{method} {path} {body}: {message}");
@@ -344,7 +406,7 @@ mod tests {
             ..VmConfig::default()
         };
         let show = |reply, shape| -> serde_json::Value {
-            let answer = answer(reply, shape).unwrap();
+            let answer = answer(reply, shape, "anonymous-instance").unwrap();
             assert_eq!(answer.status, OK);
             serde_json::from_str(&answer.body).unwrap()
         };
@@ -364,7 +426,7 @@ mod tests {
         let balloon = show(Reply::Config(Box::new(config.clone())), Shape::Balloon);
         assert_eq!(balloon.get("stats_polling_interval_s").unwrap(), 3);
         let none = VmConfig { balloon: None, ..config };
-        assert!(answer(Reply::Config(Box::new(none)), Shape::Balloon).is_err());
+        assert!(answer(Reply::Config(Box::new(none)), Shape::Balloon, "x").is_err());
 
         let mut statistics = [None; 16];
         (statistics[4], statistics[15]) = (Some(1 << 40), Some(7));
@@ -377,9 +439,9 @@ mod tests {
         });
         assert_eq!(value, expected);
         let silent = control::BalloonReport { statistics: None, ..report };
-        assert!(answer(Reply::Balloon(Box::new(silent)), Shape::BalloonStatistics).is_err());
+        assert!(answer(Reply::Balloon(Box::new(silent)), Shape::BalloonStatistics, "x").is_err());
         let state = show(Reply::State(control::State::Paused), Shape::Instance);
         assert_eq!(state.get("state").unwrap(), "Paused");
-        assert_eq!(answer(Reply::Done, Shape::Nothing), Ok(Answer::nothing()));
+        assert_eq!(answer(Reply::Done, Shape::Nothing, "x"), Ok(Answer::nothing()));
     }
 }

@@ -3,15 +3,17 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
 
-use super::logging::{self, LogLevel};
+use super::logging::{self, LogFormat, LogLevel};
 use super::walls;
-use crate::api;
+use crate::api::{self, Logger, Setup};
 use crate::boot::BootProtocol;
+use crate::metrics;
 use crate::sandbox::jail::Jail;
 use crate::sandbox::keeper::Side;
-use crate::vm::config::{self, Balloon, Disk, Net, SerialConfig, Share, Size, VmConfig, Vsock};
+use crate::vm::config::{self, Balloon, Cpu, Disk, Net, SerialConfig, Share, Size, VmConfig, Vsock};
 use crate::vm::{self, Timeline};
 
 /// Shown after the long help.
@@ -140,18 +142,96 @@ pub struct BootArguments {
     /// Print where the time of the boot went, to standard error at the end
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, default_missing_value = "table", require_equals = true)]
     timeline: Option<TimelineFormat>,
-    /// How much to log to standard error
-    #[arg(long, value_name = "LEVEL", default_value = "warn")]
+    /// How much to log
+    #[arg(long, value_name = "LEVEL", default_value = "warn", visible_alias = "level", ignore_case = true)]
     log_level: LogLevel,
+    /// What the log looks like
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    log_format: LogFormat,
+    /// Log to a file instead of standard error
+    #[arg(long, value_name = "FILE")]
+    log_path: Option<PathBuf>,
+    /// What the guest sees of the processor: host, baseline, or a file with a template [default: host]
+    #[arg(long, value_name = "host|baseline|FILE")]
+    cpu: Option<String>,
+    /// Write metrics to a file as a page for Prometheus, every 10 seconds and at the end
+    #[arg(long, value_name = "FILE")]
+    pub(super) metrics: Option<PathBuf>,
+    /// Append metrics to a file as lines of JSON, every minute and at the end
+    #[arg(long, value_name = "FILE")]
+    pub(super) metrics_path: Option<PathBuf>,
+    /// What the control socket calls the VM
+    #[arg(long, value_name = "ID", default_value = "anonymous-instance")]
+    id: String,
+    /// Read the VM from Firecracker's configuration file
+    #[arg(long, value_name = "FILE", conflicts_with = "config")]
+    config_file: Option<PathBuf>,
+    /// Make no control socket
+    #[arg(long, conflicts_with = "api_socket")]
+    no_api: bool,
+    /// As --timeline; the guest's boot is timed by its own marks
+    #[arg(long)]
+    boot_timer: bool,
+    // What Firecracker's jailer and clients pass, and nothing here needs.
+    #[arg(long, hide = true)]
+    start_time_us: Option<u64>,
+    #[arg(long, hide = true)]
+    start_time_cpu_us: Option<u64>,
+    #[arg(long, hide = true)]
+    parent_cpu_time_us: Option<u64>,
+    #[arg(long, hide = true)]
+    show_level: bool,
+    #[arg(long, hide = true)]
+    show_log_origin: bool,
+    #[arg(long, hide = true)]
+    module: Option<String>,
+    #[arg(long, hide = true)]
+    http_api_max_payload_size: Option<usize>,
+    #[arg(long, hide = true)]
+    mmds_size_limit: Option<usize>,
 }
 
 impl BootArguments {
+    /// What file and flags make together.
+    fn setup(&self) -> anyhow::Result<Setup> {
+        let mut setup = match &self.config_file {
+            Some(path) => {
+                let text = std::fs::read_to_string(path)
+                    .with_context(|| format!("cannot read the configuration {path:?}"))?;
+                Setup::read(&text).map_err(|why| anyhow!("the configuration {path:?} is wrong: {why}"))?
+            }
+            None => Setup::default(),
+        };
+        setup.config = self.configuration(std::mem::take(&mut setup.config))?;
+        Ok(setup)
+    }
+
+    /// Whether a VM is described at all. Without, clients of the control socket are to put it together.
+    fn describes_a_vm(&self) -> bool {
+        self.config.is_some()
+            || self.config_file.is_some()
+            || self.kernel.is_some()
+            || self.rootfs.is_some()
+            || self.initrd.is_some()
+            || !self.disk.is_empty()
+    }
+
+    /// Takes what a Firecracker without a socket's path takes.
+    pub fn use_firecrackers_defaults(&mut self) {
+        if self.api_socket.is_none() && !self.no_api {
+            self.api_socket = Some("/run/firecracker.socket".into());
+        }
+    }
+
     /// The configuration that file and flags make together.
-    fn configuration(&self) -> anyhow::Result<VmConfig> {
+    fn configuration(&self, default: VmConfig) -> anyhow::Result<VmConfig> {
         let mut config = match &self.config {
             Some(path) => config::read_file(path)?,
-            None => VmConfig::default(),
+            None => default,
         };
+        if let Some(cpu) = &self.cpu {
+            config.cpu = Cpu::read(cpu).map_err(|why| anyhow!(why))?;
+        }
         config.kernel = self.kernel.clone().or(config.kernel);
         config.initrd = self.initrd.clone().or(config.initrd);
         config.cmdline = self.cmdline.clone().or(config.cmdline);
@@ -179,31 +259,114 @@ impl BootArguments {
     }
 }
 
+/// Starts the log as flags and clients want it.
+fn start_log(arguments: &BootArguments, logger: Option<&Logger>) -> anyhow::Result<()> {
+    let level = logger.and_then(|logger| logger.level.as_deref());
+    let level = level.and_then(|level| LogLevel::from_str(level, true).ok()).unwrap_or(arguments.log_level);
+    let path = logger.and_then(|logger| logger.log_path.as_ref()).or(arguments.log_path.as_ref());
+    let file = path.map(|path| logging::open(path).with_context(|| format!("cannot open the log {path:?}")));
+    logging::start_as(level, arguments.log_format, file.transpose()?);
+    Ok(())
+}
+
+/// A VM that is built, and the client that waits for its start.
+struct Built {
+    vm: vm::Vm,
+    config: VmConfig,
+    start: Option<(api::Waiting, api::Start)>,
+}
+
+/// Has clients put a VM together until one can be built.
+fn build_with_clients(
+    arguments: &BootArguments,
+    mut waiting: api::Waiting,
+    timeline: &mut Timeline,
+) -> anyhow::Result<Built> {
+    let mut has_log = false;
+    loop {
+        let mut start = waiting.wait()?;
+        let setup = start.take_setup();
+        let mut attempt = || -> anyhow::Result<vm::Vm> {
+            if !std::mem::replace(&mut has_log, true) {
+                start_log(arguments, setup.logger.as_ref())?;
+            }
+            open_metrics(arguments, &setup)?;
+            timeline.mark("configured");
+            Ok(vm::build(&setup.config, timeline)?)
+        };
+        match attempt() {
+            Ok(mut vm) => {
+                if setup.metrics.is_some() {
+                    vm.write_metrics(arguments.metrics.clone());
+                }
+                return Ok(Built { vm, config: setup.config, start: Some((waiting, start)) });
+            }
+            Err(error) => start.refuse(format!("{error:#}")),
+        }
+    }
+}
+
+/// Opens the file for lines of JSON.
+fn open_metrics(arguments: &BootArguments, setup: &Setup) -> anyhow::Result<()> {
+    let path =
+        setup.metrics.as_ref().map(|metrics| &metrics.metrics_path).or(arguments.metrics_path.as_ref());
+    if let Some(path) = path {
+        let file =
+            logging::open(path).with_context(|| format!("cannot open the file for metrics {path:?}"))?;
+        metrics::set_output(file);
+    }
+    Ok(())
+}
+
 /// Boots a VM and runs it to its end.
 pub fn run(arguments: BootArguments, mut timeline: Timeline) -> anyhow::Result<ExitCode> {
-    logging::start(arguments.log_level);
-    let config = arguments.configuration()?;
-    timeline.mark("configured");
+    let setup = arguments.setup()?;
+    let waits = arguments.api_socket.is_some() && !arguments.describes_a_vm();
+    if !waits {
+        start_log(&arguments, setup.logger.as_ref())?;
+        open_metrics(&arguments, &setup)?;
+    }
     // First of all, while little is open.
-    let keeper = match walls::start_keeper(&arguments, &config)? {
+    let keeper = match walls::start_keeper(&arguments, &setup.config)? {
         Some(Side::Keeper(code)) => return Ok(code),
         Some(Side::Monitor(keeper)) => Some(keeper),
         None => None,
     };
     // Before the VM is built, since a socket that is in use ends it all.
-    let socket = arguments.api_socket.as_deref().map(api::Socket::bind).transpose()?;
-    let mut vm = vm::build(&config, &mut timeline)?;
+    let mut socket = arguments.api_socket.as_deref().map(api::Socket::bind).transpose()?;
+    let waiting = match socket.take_if(|_| waits) {
+        Some(socket) => Some(socket.wait(arguments.id.clone(), setup.clone())?),
+        None => None,
+    };
+    let Built { mut vm, config, start } = match waiting {
+        Some(waiting) => build_with_clients(&arguments, waiting, &mut timeline)?,
+        None => {
+            timeline.mark("configured");
+            let mut vm = vm::build(&setup.config, &mut timeline)?;
+            if setup.metrics.is_some() {
+                vm.write_metrics(None);
+            }
+            Built { vm, config: setup.config, start: None }
+        }
+    };
+    if arguments.metrics.is_some() || arguments.metrics_path.is_some() {
+        vm.write_metrics(arguments.metrics.clone());
+    }
     if !arguments.no_sandbox {
         walls::put_up(&arguments, &config, keeper, &mut vm)?;
         timeline.mark("sandbox closed");
     }
-    let _api = socket.map(|socket| api::serve(socket, vm.control())).transpose()?;
+    let _api = match (start, socket) {
+        (Some((waiting, start)), _) => Some(waiting.serve(start, vm.control())?),
+        (None, Some(socket)) => Some(api::serve(socket, arguments.id.clone(), vm.control())?),
+        (None, None) => None,
+    };
     let ended = vm::run(vm, &mut timeline)?;
     if ended.end == vm::End::Quit {
         // The guest's cursor is anywhere in a line.
         eprintln!();
     }
-    match arguments.timeline {
+    match arguments.timeline.or(arguments.boot_timer.then_some(TimelineFormat::Table)) {
         Some(TimelineFormat::Table) => eprint!("{}", timeline.table()),
         Some(TimelineFormat::Json) => eprintln!("{}", serde_json::to_string(&timeline)?),
         None => {}

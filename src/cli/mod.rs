@@ -17,7 +17,8 @@ mod network_relay;
 pub mod volume;
 mod walls;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -84,7 +85,14 @@ pub fn command() -> clap::Command {
 
 /// `rvmm`: runs a VM, or the engine for everything else. Errors are printed here.
 pub fn monitor(timeline: Timeline) -> ExitCode {
-    let first = std::env::args_os().nth(1);
+    let mut words = std::env::args_os();
+    let program = words.next().unwrap_or_default();
+    // Clients of Firecracker start a program of that name, which may be a link to this one.
+    let firecracker = Path::new(&program).file_name().is_some_and(|name| name == "firecracker");
+    let first = words.next();
+    if firecracker {
+        return as_firecracker(first.as_deref(), timeline);
+    }
     // The engine knows all that there is to help with.
     if first.is_none_or(|first| first == "-h" || first == "--help") {
         return end(engine_program::replace(std::env::args_os().skip(1)), false);
@@ -94,6 +102,27 @@ pub fn monitor(timeline: Timeline) -> ExitCode {
         None => boot::run(arguments.boot, timeline),
         Some(MonitorCommand::FileServer(arguments)) => file_server::run(&arguments),
         Some(MonitorCommand::Engine(command)) => engine_program::replace(command),
+    };
+    end(result, arguments.verbose)
+}
+
+/// `firecracker`: the monitor alone, which waits for clients unless it is told not to.
+fn as_firecracker(first: Option<&OsStr>, timeline: Timeline) -> ExitCode {
+    if first.is_some_and(|first| first == "--version") {
+        println!("Firecracker v{} (rvmm)", env!("CARGO_PKG_VERSION"));
+        return ExitCode::SUCCESS;
+    }
+    // A command line without arguments would get help.
+    let words = std::env::args_os()
+        .chain([OsString::from("--log-level=warn")].into_iter().filter(|_| first.is_none()));
+    let mut arguments = Arguments::<MonitorCommand>::parse_from(words);
+    let result = match arguments.command {
+        None => {
+            arguments.boot.use_firecrackers_defaults();
+            boot::run(arguments.boot, timeline)
+        }
+        Some(MonitorCommand::FileServer(arguments)) => file_server::run(&arguments),
+        Some(MonitorCommand::Engine(_)) => Err(anyhow::anyhow!("firecracker has no subcommands")),
     };
     end(result, arguments.verbose)
 }

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use anyhow::Context;
+
 use super::boot::BootArguments;
 use crate::sandbox::{self, keeper};
 use crate::vm::Vm;
@@ -10,7 +12,7 @@ use crate::vm::config::VmConfig;
 /// Starts the keeper, if there is something to keep: images that a client may change, sockets that are to go away, or a
 /// jail's processes.
 pub fn start_keeper(arguments: &BootArguments, config: &VmConfig) -> anyhow::Result<Option<keeper::Side>> {
-    let sockets = arguments.api_socket.is_some() || config.vsock.is_some();
+    let sockets = arguments.api_socket.is_some() || arguments.metrics.is_some() || config.vsock.is_some();
     if arguments.no_sandbox || !(sockets || arguments.jail.is_some()) {
         return Ok(None);
     }
@@ -30,6 +32,9 @@ pub fn put_up(
             if let Err(error) = keeper.remember(path) {
                 tracing::warn!(%error, "the socket {path:?} will not be removed");
             }
+        }
+        if let Some(page) = &arguments.metrics {
+            keeper.write_pages_to(page).with_context(|| format!("cannot write metrics to {page:?}"))?;
         }
         keeper.seal()?;
         vm.set_keeper(keeper);

@@ -10,7 +10,8 @@ use std::thread::JoinHandle;
 
 use kvm_bindings::{
     CpuId, KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
-    KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_fpu, kvm_lapic_state, kvm_regs, kvm_run, kvm_sregs, kvm_xcrs,
+    KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_sregs,
+    kvm_xcrs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
@@ -153,6 +154,16 @@ impl Vcpu {
         match msrs.as_slice().get(set) {
             Some(refused) => Err(Error::Msr(refused.index)),
             None => Ok(()),
+        }
+    }
+
+    /// Reads a model-specific register.
+    pub fn msr(&self, index: u32) -> Result<u64, Error> {
+        let entry = kvm_msr_entry { index, ..Default::default() };
+        let mut msrs = Msrs::from_entries(&[entry]).map_err(|_| Error::Msr(index))?;
+        match call("KVM_GET_MSRS", || self.fd.get_msrs(&mut msrs))? {
+            0 => Err(Error::Msr(index)),
+            _ => Ok(msrs.as_slice().first().map_or(0, |entry| entry.data)),
         }
     }
 

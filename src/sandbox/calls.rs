@@ -307,7 +307,8 @@ const KEEPER: &[Rule] = &[
     any(libc::SYS_recvmsg),    // what the monitor asks for
     any(libc::SYS_recvfrom),   // the same
     any(libc::SYS_sendmsg),    // an image, or why there is none
-    any(libc::SYS_openat),     // images
+    any(libc::SYS_openat),     // images; the next page of metrics
+    any(libc::SYS_renameat),   // a page of metrics takes the place of the one before
     any(libc::SYS_statx),      // whether they are images; whether sockets are the monitor's
     any(libc::SYS_fstat),      // the same
     any(libc::SYS_newfstatat), // the same
@@ -318,7 +319,7 @@ const KEEPER: &[Rule] = &[
     one_of(libc::SYS_ioctl, 1, &[0x8008_1272]), // BLKGETSIZE64: the size of a block device
     any(libc::SYS_unlinkat),                    // sockets at the end
     any(libc::SYS_close),                       // what was handed over
-    any(libc::SYS_write),                       // the log
+    any(libc::SYS_write),                       // a page of metrics, the log
     any(libc::SYS_futex),                       // locks
     any(libc::SYS_brk),                         // the heap
     not_executable(libc::SYS_mmap),             // the heap

@@ -33,8 +33,10 @@ use super::jail::Jail;
 use super::{Error, Kind, Step, privileges, violation};
 use crate::disk;
 
-/// Bytes of a message; a path has at most 4096.
-const MESSAGE_BYTES: usize = 16 << 10;
+/// Bytes of a request: a page with the metrics of many disks is the longest.
+const MESSAGE_BYTES: usize = 192 << 10;
+/// Bytes of an answer.
+const ANSWER_BYTES: usize = 8 << 10;
 /// Sockets that are remembered.
 const FILES_MAX: usize = 16;
 
@@ -45,6 +47,10 @@ type Numbers = (u64, u64);
 enum Request {
     /// Remove this file at the end, if it is the same then.
     Remember(PathBuf),
+    /// Pages are written to this file.
+    PageAt(PathBuf),
+    /// Replace the page by this one.
+    Page(String),
     /// The walls go up: nothing more to remember.
     Seal,
     /// Open an image, unless it is the one with these numbers.
@@ -119,6 +125,22 @@ impl Keeper {
         }
     }
 
+    /// Has pages written to the file at `path`.
+    pub fn write_pages_to(&self, path: &Path) -> io::Result<()> {
+        match self.ask(&Request::PageAt(path.to_owned()))? {
+            (Answer::Failed(why), _) => Err(io::Error::other(why)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Replaces the page.
+    pub fn write_page(&self, text: &str) -> io::Result<()> {
+        match self.ask(&Request::Page(text.to_owned()))? {
+            (Answer::Failed(why), _) => Err(io::Error::other(why)),
+            _ => Ok(()),
+        }
+    }
+
     /// Nothing more is to be remembered.
     pub fn seal(&self) -> io::Result<()> {
         self.ask(&Request::Seal).map(drop)
@@ -142,7 +164,7 @@ impl Keeper {
 
     fn ask(&self, request: &Request) -> io::Result<(Answer, Option<OwnedFd>)> {
         send(&self.socket, &serde_json::to_vec(request)?, None)?;
-        let mut room = vec![0; MESSAGE_BYTES];
+        let mut room = vec![0; ANSWER_BYTES];
         let (bytes, file) = receive(&self.socket, &mut room)?;
         if bytes.is_empty() {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -201,6 +223,33 @@ fn remember(path: &Path) -> io::Result<Remembered> {
     Ok(Remembered { directory, name, numbers: (stat.st_dev, stat.st_ino) })
 }
 
+/// A file that is replaced as a whole.
+struct Page {
+    directory: OwnedFd,
+    name: std::ffi::OsString,
+    next: std::ffi::OsString,
+}
+
+impl Page {
+    fn at(path: &Path) -> io::Result<Page> {
+        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::openat(CWD, parent, flags, Mode::empty())?;
+        let mut next = name.clone();
+        next.push(".next");
+        Ok(Page { directory, name, next })
+    }
+
+    fn replace(&self, bytes: &[u8]) -> io::Result<()> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
+        let file = rustix::fs::openat(&self.directory, &self.next, flags, mode)?;
+        std::io::Write::write_all(&mut std::fs::File::from(file), bytes)?;
+        Ok(rustix::fs::renameat(&self.directory, &self.next, &self.directory, &self.name)?)
+    }
+}
+
 impl Remembered {
     fn remove(&self) {
         let stat = rustix::fs::statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW);
@@ -222,6 +271,7 @@ fn serve(socket: &OwnedFd, child: Option<(Pid, &Jail)>) -> Result<ExitCode, Erro
         all.thread_block().step("ignore signals")?;
     }
     let mut files: Vec<Remembered> = Vec::new();
+    let mut page: Option<Page> = None;
     let mut sealed = false;
     let mut room = vec![0; MESSAGE_BYTES];
     let status = loop {
@@ -254,6 +304,20 @@ fn serve(socket: &OwnedFd, child: Option<(Pid, &Jail)>) -> Result<ExitCode, Erro
                 }
                 Err(error) => (Answer::Failed(error.to_string()), None),
             },
+            Ok(Request::PageAt(path)) if !sealed => match Page::at(&path) {
+                Ok(place) => {
+                    page = Some(place);
+                    (Answer::Done, None)
+                }
+                Err(error) => (Answer::Failed(error.to_string()), None),
+            },
+            Ok(Request::Page(text)) if sealed => {
+                let page = page.as_ref().ok_or(io::ErrorKind::NotFound.into());
+                match page.and_then(|page| page.replace(text.as_bytes())) {
+                    Ok(()) => (Answer::Done, None),
+                    Err(error) => (Answer::Failed(error.to_string()), None),
+                }
+            }
             Ok(Request::Seal) if !sealed => {
                 sealed = true;
                 seal(child.map(|(_, jail)| jail))?;

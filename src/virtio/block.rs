@@ -6,6 +6,7 @@
 
 use std::io;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use event_manager::EventSet;
 use vm_memory::VolatileSlice;
@@ -18,7 +19,7 @@ use super::worker::lock;
 use super::{Chain, Reader, Writer};
 use crate::disk::{Buffers, Durability, Engine, Image, Operation, SECTOR_BYTES};
 use crate::memory::Ram;
-use crate::sandbox;
+use crate::{metrics, sandbox};
 
 /// Largest range of one discard or write-zeroes request, in sectors: 256 MiB, so that none takes long.
 const RANGE_SECTORS_MAX: u32 = (256 << 20) / SECTOR_BYTES as u32;
@@ -87,6 +88,7 @@ pub struct Block {
     /// Made with the device, since a ring cannot be made behind the walls. `None` if the host has none, and one was
     /// demanded.
     engine: Option<Engine<Pending>>,
+    counters: Arc<metrics::Device>,
     /// While the driver is ready.
     active: Option<Active>,
 }
@@ -102,6 +104,10 @@ struct Pending {
     chain: Chain,
     /// Bytes written to the chain if the operation succeeds, without the status.
     data_len: u32,
+    /// Place of its kind in [`metrics::BLOCK_KINDS`].
+    kind: usize,
+    bytes: u64,
+    start: Instant,
 }
 
 /// What a request comes to.
@@ -130,6 +136,7 @@ impl Block {
             queue_sizes: vec![options.queue_size; queues],
             limiter: Limiter::new(options.limits),
             engine,
+            counters: metrics::Device::new("block", &*options.serial, metrics::Own::Block(Box::default())),
             active: None,
         }
     }
@@ -304,6 +311,10 @@ impl Device for Block {
         config
     }
 
+    fn metrics(&self) -> Arc<metrics::Device> {
+        Arc::clone(&self.counters)
+    }
+
     fn walls(&self) -> sandbox::Kind {
         match self.engine.as_ref().is_none_or(Engine::is_uring) {
             true => sandbox::Kind::BlockUring,
@@ -339,7 +350,11 @@ impl Device for Block {
     fn handle(&mut self, queue: u16, chain: Chain) -> Handled {
         let Some(active) = &self.active else { return Handled::Done(chain, 0) };
         let has_room = self.engine.as_ref().is_some_and(Engine::has_room);
-        if !has_room || !self.limiter.ready() {
+        if !has_room {
+            return Handled::Wait(chain);
+        }
+        if !self.limiter.ready() {
+            self.counters.limiter_waits.add(1);
             return Handled::Wait(chain);
         }
         match self.decode(&active.activation.ram, &chain) {
@@ -348,9 +363,17 @@ impl Device for Block {
                 Handled::Done(chain, written)
             }
             Outcome::Start(operation, data_len) => {
-                self.limiter.take(data_bytes(&chain));
+                let bytes = data_bytes(&chain);
+                self.limiter.take(bytes);
+                let kind = match &operation {
+                    Operation::Read { .. } => 0,
+                    Operation::Write { .. } => 1,
+                    Operation::Flush => 2,
+                    Operation::Discard { .. } | Operation::WriteZeroes { .. } => 3,
+                };
+                let start = Instant::now();
                 if let Some(engine) = &mut self.engine {
-                    engine.start(operation, Pending { queue, chain, data_len });
+                    engine.start(operation, Pending { queue, chain, data_len, kind, bytes, start });
                 }
                 Handled::Deferred
             }
@@ -360,7 +383,7 @@ impl Device for Block {
     fn flush(&mut self, done: &mut Completions) {
         if let (Some(active), Some(engine)) = (&mut self.active, &mut self.engine) {
             engine.commit();
-            active.collect(engine, done);
+            active.collect(engine, &self.counters, done);
         }
     }
 
@@ -379,7 +402,7 @@ impl Device for Block {
     fn drain(&mut self, done: &mut Completions) {
         if let (Some(active), Some(engine)) = (&mut self.active, &mut self.engine) {
             engine.wait();
-            active.collect(engine, done);
+            active.collect(engine, &self.counters, done);
         }
     }
 
@@ -392,10 +415,29 @@ impl Device for Block {
     }
 }
 
+/// Counts a request that is over.
+fn count(counters: &metrics::Block, pending: &Pending, succeeded: bool) {
+    if let Some(operations) = counters.operations.get(pending.kind) {
+        operations.add(1);
+    }
+    if let Some(latency) = counters.latency.get(pending.kind) {
+        latency.add(pending.start.elapsed());
+    }
+    match pending.kind {
+        _ if !succeeded => counters.errors.add(1),
+        0 => counters.read_bytes.add(pending.bytes),
+        1 => counters.written_bytes.add(pending.bytes),
+        _ => {}
+    }
+}
+
 impl Active {
     /// Hands in the requests whose operations are over.
-    fn collect(&mut self, engine: &mut Engine<Pending>, done: &mut Completions) {
+    fn collect(&mut self, engine: &mut Engine<Pending>, counters: &metrics::Device, done: &mut Completions) {
         while let Some((pending, result)) = engine.reap() {
+            if let Some(block) = counters.block() {
+                count(block, &pending, result.is_ok());
+            }
             let code = match result {
                 Ok(()) => status::OK,
                 Err(error) if error.kind() == io::ErrorKind::Unsupported => status::UNSUPP,

@@ -2,13 +2,14 @@
 
 use std::io;
 use std::os::fd::RawFd;
+use std::sync::Arc;
 
 use event_manager::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Chain;
 use crate::memory::Ram;
-use crate::sandbox;
+use crate::{metrics, sandbox};
 
 /// A virtio device: its description, and what it does with a chain.
 ///
@@ -35,6 +36,21 @@ pub trait Device: Send {
     /// The driver is ready. Called on the worker thread, before any chain. What the device opens here it closes in
     /// [`Self::stop`].
     fn start(&mut self, activation: Activation) -> io::Result<()>;
+
+    /// Its counters.
+    fn metrics(&self) -> Arc<metrics::Device> {
+        let kind = match self.id() {
+            1 => "net",
+            2 => "block",
+            3 => "console",
+            4 => "rng",
+            5 => "balloon",
+            19 => "vsock",
+            26 => "fs",
+            _ => "other",
+        };
+        metrics::Device::new(kind, "", metrics::Own::Nothing)
+    }
 
     /// What its thread may do once the device is started.
     fn walls(&self) -> sandbox::Kind;

@@ -17,6 +17,7 @@ use super::spec::{self, QUEUE_SIZE_MAX, feature, register, status};
 use super::worker::{self, Handle, Parts, Pausing, Shared, lock};
 use crate::bus::BusDevice;
 use crate::memory::Ram;
+use crate::metrics;
 
 /// How long a vCPU waits for a device that it resets. A device with nothing in flight needs a fraction of it; one that
 /// waits for its host goes on stopping while the guest runs, and shows a status other than 0 until it has stopped.
@@ -130,13 +131,15 @@ impl Transport {
         }
         let kicks: Result<Arc<[EventFd]>, _> =
             queue_sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect();
+        let counters = device.metrics();
+        metrics::register(Arc::clone(&counters));
         Ok(Self {
             id: device.id(),
             features: device.features() | feature::COMMON,
             ram,
             kicks: kicks.map_err(Error::EventFd)?,
             wake: Arc::new(EventFd::new(EFD_NONBLOCK).map_err(Error::EventFd)?),
-            shared: Arc::new(Shared::new(irq, device.config())),
+            shared: Arc::new(Shared::new(irq, device.config(), counters)),
             state: Mutex::new(State { registers: Registers::new(&queue_sizes), owner: Owner::Idle(device) }),
             queue_sizes,
         })

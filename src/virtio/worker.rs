@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::{Activation, Completions, Device, Handled};
 use super::queue::{self, Queue};
 use super::spec::{interrupt, status};
-use crate::sandbox;
+use crate::{metrics, sandbox};
 
 /// Chains that are handled before other queues and events get their turn.
 const BATCH: usize = 128;
@@ -37,6 +37,7 @@ pub(super) struct Shared {
     /// [`status::DEVICE_NEEDS_RESET`] or 0.
     device_status: AtomicU32,
     config: Mutex<Config>,
+    counters: Arc<metrics::Device>,
 }
 
 /// The configuration space as the driver reads it.
@@ -47,12 +48,13 @@ pub(super) struct Config {
 }
 
 impl Shared {
-    pub(super) fn new(irq: EventFd, config: Vec<u8>) -> Self {
+    pub(super) fn new(irq: EventFd, config: Vec<u8>, counters: Arc<metrics::Device>) -> Self {
         Self {
             irq,
             interrupt_status: AtomicU32::new(0),
             device_status: AtomicU32::new(0),
             config: Mutex::new(Config { bytes: config, generation: 0 }),
+            counters,
         }
     }
 
@@ -67,6 +69,7 @@ impl Shared {
     /// Interrupts the driver for these reasons (virtio 1.2 §4.2.2: the status says which).
     fn interrupt(&self, reasons: u32) {
         self.interrupt_status.fetch_or(reasons, Ordering::AcqRel);
+        self.counters.interrupts.add(1);
         // Fails only when 2^64 - 2 interrupts are pending already.
         let _ = self.irq.write(1);
     }
@@ -78,6 +81,7 @@ impl Shared {
     /// The device cannot go on (virtio 1.2 §2.1.2: said by a configuration interrupt).
     pub(super) fn needs_reset(&self) {
         self.device_status.store(status::DEVICE_NEEDS_RESET, Ordering::Release);
+        self.counters.failures.add(1);
         self.interrupt(interrupt::CONFIG);
     }
 
@@ -557,6 +561,7 @@ impl Service {
 
     /// The driver has notified queue `index`.
     pub(super) fn kicked(&mut self, index: usize, wanted: &dyn Fn() -> bool) {
+        self.shared.counters.notifications.add(1);
         self.serve(index, wanted);
         self.serve_waiting(wanted);
     }
@@ -639,6 +644,8 @@ impl Service {
                 match self.device.handle(index as u16, chain) {
                     Handled::Done(chain, written) => {
                         queue.complete(chain, written)?;
+                        self.shared.counters.chains.add(1);
+                        self.shared.counters.written_bytes.add(written.into());
                         if let Some(completed) = self.completed.get_mut(index) {
                             *completed = true;
                         }
@@ -676,6 +683,8 @@ impl Service {
                 continue;
             };
             *completed = true;
+            self.shared.counters.chains.add(1);
+            self.shared.counters.written_bytes.add(completion.written.into());
             if let Err(error) = queue.stage(completion.chain, completion.written) {
                 self.fail_queue(index, &error);
             }

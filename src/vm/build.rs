@@ -8,11 +8,11 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use kvm_bindings::{CpuId, Msrs};
+use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::config::{self, SerialConfig, VmConfig};
+use super::config::{self, CpuTemplate, Register, SerialConfig, VmConfig};
 use super::console::{ConsoleOutput, Line, NoOutput};
 use super::control::{Control, Controlled, State};
 use super::devices;
@@ -196,7 +196,7 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
     let patches = if kind == Kind::Pvm { boot::cpuid::vendor(kvm::pvm::VENDOR).to_vec() } else { Vec::new() };
     for index in 0..config.cpus {
         let vcpu = vm.create_vcpu(index)?;
-        prepare_vcpu(&vcpu, &supported, &loaded, config.cpus, kvm.has_tsc_deadline(), &patches)?;
+        prepare_vcpu(&vcpu, &supported, &loaded, config, kvm.has_tsc_deadline(), &patches)?;
         let emulator = quirks.then(Emulator::new);
         vcpus.push((vcpu, emulator));
     }
@@ -229,6 +229,7 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
             state: State::Running,
             keeper: None,
         },
+        metrics: None,
         shutdown_timeout: Duration::from_secs(config.shutdown_timeout),
     })
 }
@@ -345,16 +346,27 @@ fn prepare_vcpu(
     vcpu: &kvm::Vcpu,
     supported: &CpuId,
     loaded: &boot::Loaded,
-    cpus: u32,
+    config: &VmConfig,
     tsc_deadline: bool,
     patches: &[boot::cpuid::CpuidPatch],
 ) -> Result<(), Error> {
-    let place =
-        boot::cpuid::Vcpu { index: vcpu.index() as u8, count: cpus as u8, tsc_deadline, tsc_khz: None };
-    let entries = boot::cpuid::build(supported.as_slice(), place, patches);
+    let place = boot::cpuid::Vcpu {
+        index: vcpu.index() as u8,
+        count: config.cpus as u8,
+        tsc_deadline,
+        tsc_khz: None,
+    };
+    let mut entries = boot::cpuid::build(supported.as_slice(), place, patches);
+    let template = config.cpu.template();
+    apply_template(&mut entries, &template);
     vcpu.set_cpuid(&CpuId::from_entries(&entries).map_err(|_| Error::TooManyEntries(entries.len()))?)?;
     let msrs = boot::registers::msrs();
     vcpu.set_msrs(&Msrs::from_entries(&msrs).map_err(|_| Error::TooManyEntries(msrs.len()))?)?;
+    for modifier in &template.msr_modifiers {
+        let value = modifier.bitmap.apply(vcpu.msr(modifier.addr.0)?);
+        let entry = kvm_msr_entry { index: modifier.addr.0, data: value, ..Default::default() };
+        vcpu.set_msrs(&Msrs::from_entries(&[entry]).map_err(|_| Error::TooManyEntries(1))?)?;
+    }
     if vcpu.index() == 0 {
         let sregs = boot::registers::sregs(loaded, vcpu.sregs()?);
         vcpu.set_registers(&boot::registers::regs(loaded), &sregs)?;
@@ -368,6 +380,26 @@ fn prepare_vcpu(
     let mut lapic = vcpu.lapic()?;
     boot::registers::wire_lapic(&mut lapic);
     Ok(vcpu.set_lapic(&lapic)?)
+}
+
+/// Changes those leaves that are there.
+fn apply_template(entries: &mut [kvm_cpuid_entry2], template: &CpuTemplate) {
+    for modifier in &template.cpuid_modifiers {
+        let matching = entries
+            .iter_mut()
+            .filter(|entry| (entry.function, entry.index) == (modifier.leaf.0, modifier.subleaf.0));
+        for entry in matching {
+            for change in &modifier.modifiers {
+                let register = match change.register {
+                    Register::Eax => &mut entry.eax,
+                    Register::Ebx => &mut entry.ebx,
+                    Register::Ecx => &mut entry.ecx,
+                    Register::Edx => &mut entry.edx,
+                };
+                *register = change.bitmap.apply((*register).into()) as u32;
+            }
+        }
+    }
 }
 
 /// A virtio console: the device, what sets its size, and the host's side.

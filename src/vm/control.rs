@@ -76,6 +76,8 @@ pub enum Command {
     Resume,
     /// Press the power button and Ctrl-Alt-Del, of which a guest hears one.
     PressPower,
+    /// Write metrics out.
+    FlushMetrics,
     /// Tell how the balloon stands: [`Reply::Balloon`].
     Balloon,
     /// Ask the guest for so much memory.
@@ -276,7 +278,7 @@ impl Controlled {
             }
             Command::ChangeNet { net, receive, transmit } => self.limit_net(&net, receive, transmit)?,
             // The main loop's own.
-            Command::Pause | Command::Resume | Command::PressPower => {}
+            Command::Pause | Command::Resume | Command::PressPower | Command::FlushMetrics => {}
         }
         Ok(Reply::Done)
     }

@@ -109,7 +109,7 @@ pub(super) fn open(config: &VmConfig) -> Result<(Vec<Box<dyn Device>>, Handles),
         devices.push(Box::new(device));
     }
     for (index, net) in config.nets.iter().enumerate() {
-        let device = open_net(net)?;
+        let device = open_net(net, net.id(index))?;
         let (receive_limits, transmit_limits) = device.limit_handles();
         handles.nets.push(NetHandle { id: net.id(index), receive_limits, transmit_limits });
         devices.push(Box::new(device));
@@ -151,7 +151,7 @@ fn open_image(disk: &config::Disk, options: &disk::Options) -> Result<disk::Imag
     disk::open_parts(parts, options)
 }
 
-fn open_net(net: &config::Net) -> Result<Net, Error> {
+fn open_net(net: &config::Net, id: String) -> Result<Net, Error> {
     let tap = tap::open(&tap::Options {
         name: net.tap.clone(),
         netns: net.netns.clone(),
@@ -174,7 +174,7 @@ fn open_net(net: &config::Net) -> Result<Net, Error> {
         return Err(Error::SameMac { mac, tap: net.tap.clone() });
     }
     let (receive_limits, transmit_limits) = (net.rx_limits, net.tx_limits);
-    let options = NetOptions { mtu: net.mtu, receive_limits, transmit_limits, ..NetOptions::new(mac.0) };
+    let options = NetOptions { id, mtu: net.mtu, receive_limits, transmit_limits, ..NetOptions::new(mac.0) };
     Ok(Net::new(tap, open_vhost(net)?, &options))
 }
 

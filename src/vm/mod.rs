@@ -7,6 +7,7 @@ pub mod control;
 mod devices;
 mod ended;
 mod kernel;
+pub mod page;
 mod pause;
 mod run;
 mod timeline;
@@ -21,6 +22,7 @@ pub use run::{Error as RunError, run};
 pub use timeline::{Moment, Timeline};
 
 use std::fs::File;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -69,10 +71,18 @@ pub struct Vm {
     consoles: Vec<Console>,
     control: control::Control,
     controlled: control::Controlled,
+    /// Whether metrics are written by themselves, and where the page for Prometheus goes.
+    metrics: Option<Option<PathBuf>>,
     shutdown_timeout: Duration,
 }
 
 impl Vm {
+    /// Has metrics written every now and then: lines of JSON to [`metrics`](crate::metrics)' file, and a page for
+    /// Prometheus to the file at `page`.
+    pub fn write_metrics(&mut self, page: Option<PathBuf>) {
+        self.metrics = Some(page);
+    }
+
     /// Gives this VM what opens images for it behind the walls.
     pub fn set_keeper(&mut self, keeper: Keeper) {
         self.controlled.keeper = Some(keeper);

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,6 +21,7 @@ use super::vcpu::{self, Failure, VcpuShared, VcpuThread};
 use super::{End, Ended, Vm};
 use crate::kvm;
 use crate::legacy::{BootMark, GuestRequest};
+use crate::metrics;
 use crate::sandbox::{self, keeper::Keeper};
 use crate::terminal::{self, RawTerminal};
 use crate::virtio::console::Size;
@@ -65,12 +67,26 @@ const ROOM: u32 = 4;
 const TIMER: u32 = 5;
 const CONTROL: u32 = 6;
 const KEEPER: u32 = 7;
+const METRICS: u32 = 8;
+
+/// How often the page for Prometheus is written.
+const METRICS_INTERVAL: Duration = Duration::from_secs(10);
+/// After so many pages comes a line of JSON.
+const METRICS_TICKS: u32 = 6;
+
+/// Metrics that are written by themselves.
+struct KeptMetrics {
+    timer: TimerFd,
+    ticks: u32,
+    page: Option<PathBuf>,
+}
 
 /// The subscriber of the main thread's event loop.
 struct MainLoop {
     vm: Arc<VmHandles>,
     control: Control,
     controlled: Controlled,
+    metrics: Option<KeptMetrics>,
     signals: SignalFd,
     timer: TimerFd,
     /// The first signal that asked for a shutdown.
@@ -199,6 +215,32 @@ impl MainLoop {
         }
     }
 
+    /// Writes metrics where they were asked for: the page for Prometheus, and at times a line of JSON.
+    fn write_metrics(&self, line: bool) {
+        let Some(kept) = &self.metrics else { return };
+        if line && let Err(error) = metrics::flush() {
+            tracing::warn!(%error, "metrics cannot be written");
+        }
+        if let Some(page) = &kept.page {
+            let text = metrics::text();
+            let written = match &self.controlled.keeper {
+                Some(keeper) => keeper.write_page(&text),
+                None => super::page::replace(page, text.as_bytes()),
+            };
+            if let Err(error) = written {
+                tracing::warn!(%error, "metrics cannot be written to {page:?}");
+            }
+        }
+    }
+
+    fn on_metrics_timer(&mut self) {
+        let Some(kept) = &mut self.metrics else { return };
+        let _ = kept.timer.wait();
+        kept.ticks = kept.ticks.wrapping_add(1);
+        let line = kept.ticks.is_multiple_of(METRICS_TICKS);
+        self.write_metrics(line);
+    }
+
     fn pause(&mut self) -> Result<(), pause::Error> {
         if self.controlled.state == State::Running {
             let start = Instant::now();
@@ -229,6 +271,10 @@ impl MainLoop {
                 }
                 Command::PressPower => {
                     self.press_power();
+                    Ok(Reply::Done)
+                }
+                Command::FlushMetrics => {
+                    self.write_metrics(true);
                     Ok(Reply::Done)
                 }
                 other => self.controlled.carry_out(other, &self.vm.devices.transports),
@@ -293,6 +339,7 @@ impl MutEventSubscriber for MainLoop {
             TIMER => self.on_timer(),
             CONTROL => self.on_control(),
             // The process that was started, and whose end is to be this one's.
+            METRICS => self.on_metrics_timer(),
             KEEPER => {
                 self.end.get_or_insert(End::Killed { signal: libc::SIGKILL });
             }
@@ -313,6 +360,9 @@ impl MutEventSubscriber for MainLoop {
             if let Err(error) = ops.add(Events::with_data_raw(fd, data, EventSet::IN)) {
                 self.end.get_or_insert(End::Stuck(format!("cannot watch an event: {error:?}")));
             }
+        }
+        if let Some(kept) = &self.metrics {
+            let _ = ops.add(Events::with_data_raw(kept.timer.as_raw_fd(), METRICS, EventSet::IN));
         }
         if let Some(fd) = self.controlled.keeper.as_ref().and_then(Keeper::followed_fd) {
             let ended = EventSet::HANG_UP | EventSet::READ_HANG_UP;
@@ -375,6 +425,7 @@ pub fn run(vm: Vm, timeline: &mut Timeline) -> Result<Ended, Error> {
         consoles,
         control,
         controlled,
+        metrics,
         shutdown_timeout,
     } = vm;
     let _closed = ClosedAtEnd(control.clone());
@@ -397,6 +448,8 @@ pub fn run(vm: Vm, timeline: &mut Timeline) -> Result<Ended, Error> {
     let vm = Arc::new(VmHandles { shared, devices: machine, requests_event, room_event, threads });
     timeline.kvm_calls = kvm::take_call_times();
     timeline.mark("first KVM_RUN");
+    let moment = |moment: &super::Moment| (moment.name.clone(), moment.wall_us, moment.cpu_us);
+    crate::metrics::set_timeline(timeline.moments.iter().map(moment).collect());
     for (vcpu, emulator) in vcpus {
         let thread = vcpu::spawn(vcpu, emulator, vm.shared.clone());
         match thread {
@@ -409,12 +462,21 @@ pub fn run(vm: Vm, timeline: &mut Timeline) -> Result<Ended, Error> {
     }
 
     let timer = TimerFd::new().map_err(Error::Timer)?;
+    let metrics = match metrics {
+        Some(page) => {
+            let mut timer = TimerFd::new().map_err(Error::Timer)?;
+            timer.reset(METRICS_INTERVAL, Some(METRICS_INTERVAL)).map_err(Error::Timer)?;
+            Some(KeptMetrics { timer, ticks: 0, page })
+        }
+        None => None,
+    };
     let events = EventManager::<MainLoop>::new_with_capacity(8).map_err(Error::Events)?;
     sandbox::enter(sandbox::Kind::Main)?;
     let main_loop = MainLoop {
         vm: vm.clone(),
         control,
         controlled,
+        metrics,
         signals,
         timer,
         shutdown_signal: None,
@@ -448,7 +510,9 @@ pub fn run(vm: Vm, timeline: &mut Timeline) -> Result<Ended, Error> {
 fn serve(main_loop: MainLoop, mut events: EventManager<MainLoop>) -> Result<End, Error> {
     let id = events.add_subscriber(main_loop);
     loop {
-        if let Some(end) = events.subscriber_mut(id).map_err(Error::Events)?.end.take() {
+        let main_loop = events.subscriber_mut(id).map_err(Error::Events)?;
+        if let Some(end) = main_loop.end.take() {
+            main_loop.write_metrics(true);
             return Ok(end);
         }
         match events.run() {

@@ -14,7 +14,7 @@ use crate::kvm::pvm::Emulator;
 use crate::kvm::{Exit, Kick, Vcpu};
 use crate::legacy::GuestRequests;
 use crate::memory::{self, Ram};
-use crate::sandbox;
+use crate::{metrics, sandbox};
 
 /// Why a vCPU cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -135,6 +135,9 @@ fn run(vcpu: &mut Vcpu, mut emulator: Option<&mut Emulator>, shared: &VcpuShared
     let mut bound = vcpu.bind_to_thread();
     while !shared.stops() {
         let exit = bound.run().map_err(|error| Failure::Stuck(crate::error_chain(&error)))?;
+        if let Some(counter) = metrics::EXITS.get(reason(&exit)) {
+            counter.add(1);
+        }
         if let Exit::EmulationFailure { instruction, len } = exit {
             let bytes = instruction.get(..len).unwrap_or_default();
             carry_out(bound.vcpu(), emulator.as_deref_mut(), shared, bytes)?;
@@ -155,6 +158,20 @@ fn run(vcpu: &mut Vcpu, mut emulator: Option<&mut Emulator>, shared: &VcpuShared
         }
     }
     Ok(())
+}
+
+/// Place of an exit's reason in [`metrics::EXIT_REASONS`].
+fn reason(exit: &Exit<'_>) -> usize {
+    match exit {
+        Exit::PortRead { .. } => 0,
+        Exit::PortWrite { .. } => 1,
+        Exit::MmioRead { .. } => 2,
+        Exit::MmioWrite { .. } => 3,
+        Exit::Interrupted => 4,
+        Exit::EmulationFailure { .. } => 5,
+        Exit::TripleFault | Exit::Reset | Exit::PowerOff | Exit::Crash => 6,
+        _ => 7,
+    }
 }
 
 /// Answers one exit. The only place that knows what each kind of exit means.

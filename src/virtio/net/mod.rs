@@ -12,6 +12,7 @@ mod vhost;
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use event_manager::EventSet;
 use serde::{Deserialize, Serialize};
@@ -25,8 +26,8 @@ use super::Chain;
 use super::device::{Activation, Completions, Device, Handled, Handover, Source};
 use super::rate::{LimitHandle, Limiter, Limits};
 use crate::memory::Ram;
-use crate::sandbox;
 use crate::tap::{HEADER_BYTES, Piece, Tap, offload};
+use crate::{metrics, sandbox};
 
 /// The largest packet: 64 KiB of IP behind Ethernet's header with a VLAN tag, behind the virtio header.
 const MAX_PACKET_BYTES: usize = HEADER_BYTES + 18 + 65535;
@@ -59,6 +60,8 @@ const CALL: u32 = RECEIVE_TIMER + 2;
 /// How a network device looks to its guest, and what it may do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetOptions {
+    /// Its name in metrics.
+    pub id: String,
     /// The guest's address.
     pub mac: [u8; 6],
     /// The MTU that the guest is told; `None` for the tap's.
@@ -75,7 +78,7 @@ impl NetOptions {
     /// A device with this address and all defaults.
     pub fn new(mac: [u8; 6]) -> Self {
         let (receive_limits, transmit_limits) = Default::default();
-        Self { mac, mtu: None, queue_size: QUEUE_SIZE, receive_limits, transmit_limits }
+        Self { id: String::new(), mac, mtu: None, queue_size: QUEUE_SIZE, receive_limits, transmit_limits }
     }
 }
 
@@ -88,6 +91,7 @@ pub struct Net {
     receive_limiter: Limiter,
     transmit_limiter: Limiter,
     vhost: Option<Vhost>,
+    counters: Arc<metrics::Device>,
     /// While the driver is ready.
     active: Option<Active>,
 }
@@ -143,6 +147,7 @@ impl Net {
             queue_sizes,
             receive_limiter: Limiter::new(options.receive_limits),
             transmit_limiter: Limiter::new(options.transmit_limits),
+            counters: metrics::Device::new("net", &*options.id, metrics::Own::Net(Box::default())),
             tap,
             vhost,
             active: None,
@@ -183,11 +188,21 @@ impl Net {
         let mut lost = 0;
         while receiver.readable {
             if !self.receive_limiter.ready() {
+                self.counters.limiter_waits.add(1);
                 return;
             }
             match receiver.receive(&active.ram, &self.tap, pair, active.shape, done) {
-                Ok(Received::Packet(bytes)) => self.receive_limiter.take(bytes),
+                Ok(Received::Packet(bytes)) => {
+                    self.receive_limiter.take(bytes);
+                    if let Some(net) = self.counters.net() {
+                        net.received_packets.add(1);
+                        net.received_bytes.add(bytes);
+                    }
+                }
                 Ok(Received::Lost) => {
+                    if let Some(net) = self.counters.net() {
+                        net.lost_packets.add(1);
+                    }
                     tracing::debug!("a packet does not fit the guest's buffers");
                     lost += 1;
                     // Each uses up no buffer, so nothing else would end this as long as they come.
@@ -207,6 +222,7 @@ impl Net {
             return Handled::Done(chain, 0);
         }
         if !self.transmit_limiter.ready() {
+            self.counters.limiter_waits.add(1);
             return Handled::Wait(chain);
         }
         let Active { ram, pieces, .. } = active;
@@ -216,7 +232,18 @@ impl Net {
         if pushed.is_err() {
             return Handled::Done(chain, 0);
         }
-        match self.tap.write(pair, pieces) {
+        let written = self.tap.write(pair, pieces);
+        if let Some(net) = self.counters.net() {
+            match &written {
+                Ok(_) => {
+                    net.sent_packets.add(1);
+                    net.sent_bytes.add((len - HEADER_BYTES) as u64);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => net.refused_packets.add(1),
+            }
+        }
+        match written {
             Ok(_) => {}
             // The tap says when it has room.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Handled::Wait(chain),
@@ -316,6 +343,10 @@ impl Device for Net {
         config.extend((self.pairs() as u16).to_le_bytes()); // max_virtqueue_pairs
         config.extend(self.mtu.to_le_bytes());
         config
+    }
+
+    fn metrics(&self) -> Arc<metrics::Device> {
+        Arc::clone(&self.counters)
     }
 
     fn walls(&self) -> sandbox::Kind {

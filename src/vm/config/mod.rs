@@ -1,6 +1,7 @@
 //! What a VM is made of: inert data, from flags, a file or the API. Nothing here opens anything.
 
 mod balloon;
+mod cpu;
 mod disk;
 mod limits;
 mod net;
@@ -10,6 +11,7 @@ mod size;
 mod vsock;
 
 pub use balloon::Balloon;
+pub use cpu::{Bitmap, Cpu, CpuTemplate, CpuidModifier, MsrModifier, Register};
 pub use disk::{Disk, MAX_DISK_QUEUES};
 pub use net::{MAX_NET_QUEUES, Mac, Net, NetError, VhostUse};
 pub use serial::SerialConfig;
@@ -125,6 +127,8 @@ pub struct VmConfig {
     pub boot_protocol: BootProtocol,
     /// Number of vCPUs.
     pub cpus: u32,
+    /// What the guest sees of the processor.
+    pub cpu: Cpu,
     /// Size of the guest's memory.
     pub memory: Size,
     /// The disk that holds the root file system; the guest's first.
@@ -159,6 +163,7 @@ impl Default for VmConfig {
             cmdline: None,
             boot_protocol: BootProtocol::default(),
             cpus: 1,
+            cpu: Cpu::Host,
             memory: Size(256 << 20),
             rootfs: None,
             disks: vec![],
