@@ -58,7 +58,7 @@ impl Rig {
 
     /// Fails if anything of a run is there: instances, images, processes, files.
     fn is_clean(&self) -> Result<(), String> {
-        let listed = self.home.run(&["ps", "-a", "--format", "{{.Names}}"]).ok();
+        let listed = self.home.run(&["ps", "-a", "-q"]).ok();
         if !listed.trim().is_empty() {
             return Err(format!("containers are left: {listed}"));
         }

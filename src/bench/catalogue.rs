@@ -236,13 +236,6 @@ pub const PROBES: &[ProbeInfo] = &[
             MetricInfo("commands", "commands to type", Count, Lower, true),
             MetricInfo("fetched", "bytes fetched", Bytes, Lower, true),
             MetricInfo("first_answer", "time from nothing to the first answer", Seconds, Lower, false),
-            MetricInfo(
-                "change",
-                "time from a changed file to the running new version",
-                Seconds,
-                Lower,
-                false,
-            ),
         ],
     },
 ];

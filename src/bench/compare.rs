@@ -34,6 +34,9 @@ const QUICK_BUDGET: Duration = Duration::from_secs(210);
 /// An executor whose first start took longer than this needs no further warm-up.
 const SLOW_START: Duration = Duration::from_secs(2);
 
+/// One whose first start took longer than this is not asked for everything in a first look.
+const VERY_SLOW_START: Duration = Duration::from_secs(6);
+
 /// What is asked for.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -172,6 +175,7 @@ fn prepare_and_measure(
         directory: work.directory.clone(),
         quick: request.quick,
         memory_on_purpose: request.memory_on_purpose,
+        slow: RefCell::new(vec![]),
         instances: Cell::new(0),
         commands: RefCell::new(vec![]),
     };
@@ -296,7 +300,11 @@ fn look_for(
                             Ok(()) => usable.push(executor),
                             Err(error) => info.left_out = Some(crate::error_chain(&error)),
                         }
-                        *slow |= begun.elapsed() > SLOW_START;
+                        let took = begun.elapsed();
+                        *slow |= took > SLOW_START;
+                        if took > VERY_SLOW_START {
+                            context.slow.borrow_mut().push(((*name).into(), took));
+                        }
                     }
                 }
             }

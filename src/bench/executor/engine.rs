@@ -1,5 +1,6 @@
 //! Engines with Docker's command line: rvmm itself in both isolations, Docker, Podman.
 
+use std::cell::RefCell;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -28,6 +29,8 @@ pub struct Engine {
     kind: Kind,
     program: PathBuf,
     image: String,
+    /// Images that were loaded and were not there before.
+    loaded: RefCell<Vec<String>>,
     /// Whether its runtime has to be kept from seeing that the host is a hybrid one.
     without_unified: bool,
 }
@@ -44,6 +47,7 @@ impl Engine {
             kind,
             program,
             image: String::new(),
+            loaded: RefCell::default(),
             without_unified: without_unified && kind == Kind::Podman,
         }
     }
@@ -97,7 +101,7 @@ impl Engine {
         if let Some(count) = job.processes {
             words.extend(["--pids-limit".to_owned(), count.to_string()]);
         }
-        words.push(self.image.clone());
+        words.push(job.image.clone().unwrap_or_else(|| self.image.clone()));
         words.extend(job.argv.iter().cloned());
         words
     }
@@ -164,6 +168,24 @@ impl Executor for Engine {
             spawner.output(&load, PATIENCE).map_err(doing("load the image"))?;
         }
         Ok(())
+    }
+
+    fn load(&self, spawner: &Spawner, archive: &std::path::Path, name: &str) -> Result<(), Error> {
+        // What was not there before goes at the end.
+        if !self.has_image(spawner, name) {
+            self.loaded.borrow_mut().push(name.into());
+        }
+        let load = self.command(["load", "-i"]).and([archive.to_string_lossy().into_owned()]);
+        spawner.output(&load, PATIENCE).map(drop).map_err(doing("load an image"))
+    }
+
+    fn has_image(&self, spawner: &Spawner, name: &str) -> bool {
+        spawner.output(&self.command(["image", "inspect", name]), PATIENCE).is_ok()
+    }
+
+    fn unload(&self, spawner: &Spawner, name: &str) {
+        let _ = spawner.output(&self.command(["rmi", name]), PATIENCE);
+        self.loaded.borrow_mut().retain(|loaded| loaded != name);
     }
 
     fn run(&self, job: &Job) -> Result<Invocation, Error> {
@@ -243,11 +265,18 @@ impl Executor for Engine {
 
     fn cleanup(&self, spawner: &Spawner, run: &str) {
         let patience = Duration::from_secs(60);
-        let filter = ["ps", "-a", "--filter", &format!("name={run}"), "--format", "{{.Names}}"];
-        if let Ok(names) = spawner.output(&self.command(filter), patience) {
-            for name in names.lines().map(str::trim).filter(|name| name.starts_with(run)) {
-                let _ = spawner.output(&self.command(["rm", "-f", name]), patience);
+        let filter = format!("name={run}");
+        if let Ok(ids) = spawner.output(&self.command(["ps", "-a", "-q", "--filter", &filter]), patience) {
+            for id in ids
+                .lines()
+                .map(str::trim)
+                .filter(|id| id.chars().all(|c| c.is_ascii_hexdigit()) && !id.is_empty())
+            {
+                let _ = spawner.output(&self.command(["rm", "-f", id]), patience);
             }
+        }
+        for name in self.loaded.take() {
+            let _ = spawner.output(&self.command(["rmi", &name]), patience);
         }
         if !self.image.is_empty() || self.is_rvmm() {
             let image = super::super::image::name_of(run);

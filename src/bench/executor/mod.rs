@@ -76,6 +76,8 @@ pub struct Image {
 pub struct Job {
     /// Name of the instance.
     pub name: String,
+    /// Another image than the one that was made ready.
+    pub image: Option<String>,
     /// What to run; empty: what the image runs by itself.
     pub argv: Vec<String>,
     /// Its network.
@@ -149,6 +151,19 @@ pub trait Executor {
 
     /// Makes the image ready.
     fn prepare(&mut self, spawner: &Spawner, image: &Image) -> Result<(), Error>;
+
+    /// Loads another image, of which jobs then can tell the name.
+    fn load(&self, _spawner: &Spawner, _archive: &Path, _name: &str) -> Result<(), Error> {
+        Err(Error::Unable(format!("{} runs no images other than the one under test", self.name())))
+    }
+
+    /// Whether an image of that name is there.
+    fn has_image(&self, _spawner: &Spawner, _name: &str) -> bool {
+        false
+    }
+
+    /// Removes an image.
+    fn unload(&self, _spawner: &Spawner, _name: &str) {}
 
     /// The command line that runs a job in a fresh instance, and ends with it and leaves nothing.
     fn run(&self, job: &Job) -> Result<Invocation, Error>;

@@ -2,16 +2,18 @@
 
 pub mod density;
 pub mod disk;
+pub mod effort;
 pub mod isolation;
 pub mod memory;
 pub mod micro;
 pub mod network;
 pub mod persistence;
+pub mod service;
 pub mod size;
 pub mod start;
 pub mod timeline;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -45,10 +47,12 @@ pub struct Context {
     pub quick: bool,
     /// Bytes that idle instances take on purpose, for the check that they are found.
     pub memory_on_purpose: u64,
+    /// Executors that take long to start one instance, and how long: some things are not done with them in a first look.
+    pub slow: RefCell<Vec<(String, Duration)>>,
     /// Counts instances, for their names.
     pub instances: Cell<u32>,
     /// The command lines that were run, not yet written down.
-    pub commands: std::cell::RefCell<Vec<Vec<String>>>,
+    pub commands: RefCell<Vec<Vec<String>>>,
 }
 
 /// What was found of one metric.
@@ -144,6 +148,19 @@ impl Context {
         Job::helper(self.name(), arguments)
     }
 
+    /// An error for an executor that takes too long to do this in a first look.
+    pub fn unless_slow(&self, executor: &dyn Executor) -> Result<(), Error> {
+        let slow = self.slow.borrow();
+        match slow.iter().find(|(name, _)| self.quick && name == executor.name()) {
+            Some((_, took)) => {
+                let why =
+                    format!("not in a quick run: an instance takes {:.0} s to start", took.as_secs_f64());
+                Err(Error::Other(why))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Notes a command line.
     pub fn note(&self, invocation: &process::Invocation) {
         self.commands.borrow_mut().push(invocation.argv.clone());
@@ -197,9 +214,11 @@ pub fn all() -> Vec<Box<dyn Probe>> {
         Box::new(micro::Micro::all()),
         Box::new(disk::Disk),
         Box::new(network::Network),
+        Box::new(service::Service::default()),
         Box::new(size::Size),
         Box::new(isolation::Isolation),
         Box::new(persistence::Persistence),
+        Box::new(effort::Effort),
     ]
 }
 

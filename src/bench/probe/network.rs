@@ -25,6 +25,7 @@ impl Probe for Network {
         context: &Context,
         executor: &dyn Executor,
     ) -> Result<Vec<(&'static str, Found)>, Error> {
+        context.unless_slow(executor)?;
         let port = free_port()?;
         let inside = port.to_string();
         let job =

@@ -27,6 +27,7 @@ impl Probe for Persistence {
         context: &Context,
         executor: &dyn Executor,
     ) -> Result<Vec<(&'static str, Found)>, Error> {
+        context.unless_slow(executor)?;
         let mut found = vec![];
         // The root, and memory with it, in an instance without a volume: not all can have one.
         match trials(context, executor, None) {

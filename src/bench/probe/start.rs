@@ -215,7 +215,7 @@ pub fn free_port() -> Result<u16, Error> {
 }
 
 /// Asks again and again until there is a whole answer.
-fn wait_for_http(context: &Context, port: u16, deadline: Instant) -> Result<Instant, Error> {
+pub(super) fn wait_for_http(context: &Context, port: u16, deadline: Instant) -> Result<Instant, Error> {
     let ask = || -> std::io::Result<bool> {
         let mut stream = TcpStream::connect_timeout(&([127, 0, 0, 1], port).into(), Duration::from_secs(1))?;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;

@@ -76,6 +76,7 @@ fn context(directory: &Path) -> Context {
         directory: directory.into(),
         quick: true,
         memory_on_purpose: 0,
+        slow: RefCell::new(vec![]),
         instances: Cell::new(0),
         commands: RefCell::new(vec![]),
     }
