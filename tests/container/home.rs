@@ -62,13 +62,18 @@ pub struct Home {
 
 /// Whether containers of that kind can run here; says so if not.
 pub fn can_run(wall: Wall) -> bool {
-    let native = is_root() && has_tool("busybox") && archive().is_some();
+    let native = can_run_native();
     match wall {
         Wall::Native => native,
         Wall::Microvm => {
             native && has_agent() && support::has_kvm() && has_tool("mke2fs") && has_tool("mkfs.erofs")
         }
     }
+}
+
+/// Whether there can be containers of busybox at all; says so if not.
+pub fn can_run_native() -> bool {
+    is_root() && has_tool("busybox") && archive().is_some()
 }
 
 fn has_agent() -> bool {
@@ -299,7 +304,7 @@ pub fn finish(mut child: Child, input: &[u8], what: &[&str]) -> Ran {
 }
 
 /// An archive as `docker save` writes it, with busybox under all of its names and a few users; made once.
-fn archive() -> Option<&'static Path> {
+pub fn archive() -> Option<&'static Path> {
     static ARCHIVE: OnceLock<Option<tempfile::TempDir>> = OnceLock::new();
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     let directory = ARCHIVE.get_or_init(make_archive).as_ref()?;
