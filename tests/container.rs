@@ -7,6 +7,7 @@ mod layers;
 mod life;
 mod many;
 pub mod network;
+mod peers;
 mod random_faults;
 mod table;
 mod terminal;

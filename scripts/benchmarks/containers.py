@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What it costs to start a native container, beside other runtimes: busybox's `true`, from exec to the last clean-up.
 
-All get the same specification and the same plain directory as root file system, and are run in turn. rvmm is the test
-driver, one process for each container: its reading of a configuration and making of a specification count, its command
-line and supervisor do not. With --overlay rvmm also mounts and unmounts an overlay, which the others cannot.
+Two groups, all in turn. Runtimes get the same specification and the same plain directory as root file system; rvmm's part
+there is the test driver, one process for each container: its reading of a configuration and making of a specification
+count, its command line and supervisor do not. With --overlay it also mounts and unmounts an overlay, which the others
+cannot. Engines are the whole command `run --rm --network none IMAGE true` of rvmm, Docker and Podman: they look an image
+up, put its layers together, and remove everything.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -16,6 +19,7 @@ import sys
 import tempfile
 import time
 
+import host
 import stats
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -25,6 +29,7 @@ def arguments():
     parser = argparse.ArgumentParser(prog="scripts/bench containers", description=__doc__)
     parser.add_argument("--runs", type=int, default=50, metavar="N", help="containers of each kind (default 50)")
     parser.add_argument("--overlay", action="store_true", help="let rvmm mount an overlay, as it does for images")
+    parser.add_argument("--rvmm", metavar="FILE", help="the program (default: target/release/rvmm)")
     parser.add_argument("--driver", metavar="FILE", help="the driver (default: target/release/examples/native)")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured to FILE")
     return parser.parse_args()
@@ -68,6 +73,69 @@ def private_mounts():
         os.execvp("unshare", inner + [sys.executable] + sys.argv)
 
 
+def image(directory):
+    """An archive that every engine loads, with busybox in one layer."""
+    path = f"{directory}/bench.tar"
+    rootfs, work = f"{directory}/layer", f"{directory}/archive"
+    os.makedirs(work)
+    os.makedirs(rootfs)
+    root_file_system(rootfs)
+    subprocess.run(["tar", "-C", rootfs, "--owner=0", "--group=0", "--mtime=@1", "-cf", f"{work}/layer.tar", "."], check=True)
+    with open(f"{work}/layer.tar", "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    config = {"architecture": "amd64", "os": "linux", "config": {"Cmd": ["true"], "Env": ["PATH=/bin"]},
+              "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]}}
+    manifest = [{"Config": "config.json", "RepoTags": ["bench:latest"], "Layers": ["layer.tar"]}]
+    for name, value in (("config.json", config), ("manifest.json", manifest)):
+        with open(f"{work}/{name}", "w", encoding="utf-8") as file:
+            json.dump(value, file)
+    subprocess.run(["tar", "-C", work, "-cf", path, "config.json", "layer.tar", "manifest.json"], check=True)
+    return path
+
+
+def tried(command, **more):
+    """Whether a command succeeds; why not, if not, on standard error."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **more)
+    except OSError as error:
+        print(f"skipped: {error}", file=sys.stderr)
+        return False
+    if done.returncode:
+        print(f"skipped: {' '.join(command)}: {done.stderr.strip()}", file=sys.stderr)
+    return not done.returncode
+
+
+def engines(directory, rvmm):
+    """Commands that run a container from an image, by name, and the daemon that must be ended."""
+    archive = image(directory)
+    found, daemon = {}, None
+    environment = dict(os.environ, RVMM_ROOT=f"{directory}/rvmm/data", RVMM_RUN_ROOT=f"{directory}/rvmm/run")
+    if tried([rvmm, "load", "-q", "-i", archive], env=environment):
+        found["rvmm run"] = ([rvmm, "run", "--rm", "--network", "none", "bench", "true"], environment)
+    if shutil.which("podman"):
+        podman = ["podman", "--root", f"{directory}/podman", "--runroot", f"{directory}/podman-run",
+                  "--cgroup-manager", "cgroupfs", "--events-backend", "none", "--log-level", "error"]
+        run = podman + ["run", "--rm", "--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1000:1000",
+                        "localhost/bench:latest", "true"]
+        if tried(podman + ["load", "-q", "-i", archive]) and tried(run):
+            found["podman run"] = (run, None)
+    if shutil.which("dockerd"):
+        socket = f"unix://{directory}/docker.sock"
+        daemon = subprocess.Popen(
+            ["dockerd", "--iptables=false", "--bridge=none", "--data-root", f"{directory}/docker", "--exec-root",
+             f"{directory}/docker-run", "--pidfile", f"{directory}/docker.pid", "-H", socket],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        docker = ["docker", "-H", socket]
+        for _ in range(100):
+            if not subprocess.run(docker + ["version"], capture_output=True, check=False).returncode:
+                break
+            time.sleep(0.2)
+        run = docker + ["run", "--rm", "--network", "none", "bench", "true"]
+        if tried(docker + ["load", "-q", "-i", archive]) and tried(run):
+            found["docker run"] = (run, None)
+    return found, daemon
+
+
 def cpu_ms():
     """Processor time of all children that have ended, and of theirs."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -89,43 +157,80 @@ def main():
     options = arguments()
     private_mounts()
     driver = os.path.abspath(options.driver or f"{PROJECT}/target/release/examples/native")
-    if not os.path.exists(driver):
-        fail(f"there is no {driver}: cargo build --release --example native")
-    with tempfile.TemporaryDirectory(prefix="rvmm-bench-") as directory:
-        rootfs = f"{directory}/root"
-        root_file_system(rootfs)
-        setup = {"directory": f"{directory}/bundle", "layers": [rootfs] if options.overlay else [],
-                 "config": configuration(), "host_network": False, "volumes": {}, "filters": f"{directory}/filters"}
-        plain = dict(setup, layers=[], rootfs=rootfs)
-        if not options.overlay:
-            setup = plain
-        os.mkdir(setup["directory"])
+    rvmm = os.path.abspath(options.rvmm or f"{PROJECT}/target/release/rvmm")
+    for path in (driver, rvmm):
+        if not os.path.exists(path):
+            print(f"skipped: there is no {path}", file=sys.stderr)
+    # In memory: an engine's time is not to be the disk's.
+    with tempfile.TemporaryDirectory(prefix="rvmm-bench-", dir="/dev/shm") as directory:
+        daemon = None
+        try:
+            found, daemon = engines(directory, rvmm)
+            measure(options, driver, rvmm, directory, found)
+        finally:
+            if daemon:
+                daemon.terminate()
+                daemon.wait()
+
+
+def measure(options, driver, rvmm, directory, found):
+    rootfs = f"{directory}/root"
+    root_file_system(rootfs)
+    setup = {"directory": f"{directory}/bundle", "layers": [rootfs] if options.overlay else [],
+             "config": configuration(), "host_network": False, "volumes": {}, "filters": f"{directory}/filters"}
+    plain = dict(setup, layers=[], rootfs=rootfs)
+    if not options.overlay:
+        setup = plain
+    os.mkdir(setup["directory"])
+    kinds = {}
+    if os.path.exists(driver):
         subprocess.run([driver, "bundle"], input=json.dumps(plain) + "\n", text=True, check=True)
-        kinds = {"rvmm": lambda _: timed([driver, "bench", "1"], input=json.dumps(setup) + "\n")}
-        for name in ("crun", "runc", "youki"):
-            if shutil.which(name):
-                run = [name, "run", "--bundle", setup["directory"]]
-                kinds[name] = lambda number, run=run: timed(run + [f"bench-{os.getpid()}-{number}"])
+        kinds["rvmm's driver"] = lambda _: timed([driver, "bench", "1"], input=json.dumps(setup) + "\n")
+    else:
+        subprocess.run(["runc", "spec", "--bundle", setup["directory"]], check=True)
+        with open(f"{setup['directory']}/config.json", encoding="utf-8") as file:
+            spec = json.load(file)
+        spec["process"].update(args=["true"], terminal=False, env=["PATH=/bin"])
+        spec["process"].pop("rlimits", None)
+        spec["root"] = {"path": rootfs}
+        with open(f"{setup['directory']}/config.json", "w", encoding="utf-8") as file:
+            json.dump(spec, file)
+    for name in ("crun", "runc", "youki"):
+        run = [name, "run", "--bundle", setup["directory"]]
+        if tried(run + [f"bench-{os.getpid()}"]):
+            if name == "youki":
+                # It leaves what has ended.
+                subprocess.run([name, "delete", "--force", f"bench-{os.getpid()}"], capture_output=True, check=False)
+                command = 'youki run --bundle "$1" "$2"; youki delete --force "$2"'
+                kinds["youki run + delete"] = lambda number, bundle=setup["directory"]: timed(
+                    ["sh", "-c", command, "sh", bundle, f"bench-{os.getpid()}-{number}"])
             else:
-                print(f"skipped: {name} is not installed", file=sys.stderr)
-        times = {name: [] for name in kinds}
-        processors = {name: [] for name in kinds}
-        steps = {}
-        for number in range(options.runs + 1):
-            for name, run in kinds.items():
-                took_ms, used_ms, output = run(number)
-                if number == 0:
-                    # The first of each kind reads its files from the disk.
-                    continue
-                times[name].append(took_ms)
-                processors[name].append(used_ms)
-                if name == "rvmm":
-                    names, values = (line.split() for line in output.splitlines())
-                    for step, value in zip(names, values):
-                        steps.setdefault(step, []).append(int(value) / 1000)
+                kinds[name] = lambda number, run=run: timed(run + [f"bench-{os.getpid()}-{number}"])
+    for name, (run, environment) in found.items():
+        kinds[name] = lambda _, run=run, environment=environment: timed(run, env=environment)
+    times = {name: [] for name in kinds}
+    processors = {name: [] for name in kinds}
+    steps = {}
+    for number in range(options.runs + 1):
+        for name, run in kinds.items():
+            took_ms, used_ms, output = run(number)
+            if number == 0:
+                # The first of each kind reads its files from the disk.
+                continue
+            times[name].append(took_ms)
+            processors[name].append(used_ms)
+            if name == "rvmm's driver":
+                names, values = (line.split() for line in output.splitlines())
+                for step, value in zip(names, values):
+                    steps.setdefault(step, []).append(int(value) / 1000)
+    if os.path.exists(rvmm):
+        for key, value in host.facts(PROJECT, rvmm, None).items():
+            if value is not None:
+                print(f"{key}: {value}")
     stats.print_table("a container's `true`", "ms", list(times.items()))
     stats.print_table("processor time of it", "ms", list(processors.items()))
-    stats.print_table("rvmm's steps", "ms", list(steps.items()))
+    if steps:
+        stats.print_table("the driver's steps", "ms", list(steps.items()))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({"times_ms": times, "processor_ms": processors, "steps_ms": steps, "load_average": os.getloadavg()}, file, indent=1)

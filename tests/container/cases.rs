@@ -168,9 +168,10 @@ fn process() -> Vec<Case> {
         shell("the file mode mask", &[], "umask").out("0022\n"),
         case("signals as they were", &[], &["grep", "-E", "Sig(Blk|Ign)", "/proc/self/status"])
             .out("SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n"),
-        shell("no descriptors but three", &[], "exec 3>&-; ls /proc/1/fd | tr '\\n' ' '").holds(|text| {
-            text.split_whitespace().all(|fd| fd.parse::<u32>().is_ok_and(|fd| fd <= 2 || fd == 10))
-        }),
+        shell("no descriptors but three", &[], "exec 3>&-; ls /proc/1/fd >/tmp/fds; tr '\\n' ' ' </tmp/fds")
+            .holds(|text| {
+                text.split_whitespace().all(|fd| fd.parse::<u32>().is_ok_and(|fd| fd <= 2 || fd == 10))
+            }),
     ]
 }
 

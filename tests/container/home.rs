@@ -62,13 +62,18 @@ pub struct Home {
 
 /// Whether containers of that kind can run here; says so if not.
 pub fn can_run(wall: Wall) -> bool {
-    let native = is_root() && has_tool("busybox") && archive().is_some();
+    let native = can_run_native();
     match wall {
         Wall::Native => native,
         Wall::Microvm => {
             native && has_agent() && support::has_kvm() && has_tool("mke2fs") && has_tool("mkfs.erofs")
         }
     }
+}
+
+/// Whether there can be containers of busybox at all; says so if not.
+pub fn can_run_native() -> bool {
+    is_root() && has_tool("busybox") && archive().is_some()
 }
 
 fn has_agent() -> bool {

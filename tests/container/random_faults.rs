@@ -303,6 +303,11 @@ fn rounds(count: u64, seed: u64, walls: &[Wall]) {
     announce(&format!("figure: {count} random faults with seed {seed}, nothing lost or left: {counts:?}"));
 }
 
+/// How many rounds; `RVMM_TEST_ROUNDS` says otherwise.
+fn count(usual: u64) -> u64 {
+    std::env::var("RVMM_TEST_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(usual)
+}
+
 fn seed() -> u64 {
     let given = std::env::var("RVMM_TEST_SEED").ok().and_then(|text| text.parse().ok());
     let now =
@@ -313,7 +318,7 @@ fn seed() -> u64 {
 #[test]
 fn native_containers_lose_and_leave_nothing_by_random_faults() {
     if can_run(Wall::Native) {
-        rounds(20, seed(), &[Wall::Native]);
+        rounds(count(20), seed(), &[Wall::Native]);
     }
 }
 
@@ -325,8 +330,8 @@ fn containers_behind_either_wall_lose_and_leave_nothing_by_200_random_faults() {
     }
     // Not a reason to skip: elsewhere it is natively only.
     if matches!(kvm_kind(), Some(Kind::Hardware | Kind::Nested)) && can_run(Wall::Microvm) {
-        rounds(200, seed(), &[Wall::Native, Wall::Microvm]);
+        rounds(count(200), seed(), &[Wall::Native, Wall::Microvm]);
     } else {
-        rounds(200, seed(), &[Wall::Native]);
+        rounds(count(200), seed(), &[Wall::Native]);
     }
 }

@@ -24,14 +24,24 @@ enum Place {
     Own,
 }
 
+/// Makes a case's directory.
+pub fn prepare(dir: &Path) {
+    std::fs::create_dir_all(dir.join("bind")).expect("a directory");
+    for (name, text) in [
+        ("env", "# a comment\n\nONE=1\nTWO=two = 2\nLAST=file\nHASH=a#b\n"),
+        ("secret", "hidden\n"),
+        ("bind/file", "of the host\n"),
+        ("filter.json", FILTER),
+    ] {
+        std::fs::write(dir.join(name), text).expect("a file");
+    }
+}
+
 fn run(home: &Home, case: &Case, at: usize, place: Place) -> Ran {
     let wall = if place == Place::Native { Wall::Native } else { Wall::Microvm };
     let dir = format!("{}/{at}", if wall == Wall::Native { "native" } else { "microvm" });
-    home.file(&format!("{dir}/env"), "# a comment\n\nONE=1\nTWO=two = 2\nLAST=file\nHASH=a#b\n");
-    home.file(&format!("{dir}/secret"), "hidden\n");
-    home.file(&format!("{dir}/bind/file"), "of the host\n");
-    home.file(&format!("{dir}/filter.json"), FILTER);
     let dir = home.path(&dir);
+    prepare(&dir);
     let options: Vec<String> =
         case.options.iter().map(|option| option.replace("{DIR}", dir.to_str().expect("a path"))).collect();
     let network =
@@ -47,7 +57,8 @@ fn run(home: &Home, case: &Case, at: usize, place: Place) -> Ran {
     finish(command.spawn().expect("rvmm"), &case.stdin, &arguments)
 }
 
-fn meets(text: &str, want: &Want) -> bool {
+/// Whether an output is what is wanted.
+pub fn meets(text: &str, want: &Want) -> bool {
     match want {
         Want::Any => true,
         Want::Is(wanted) => text == wanted,
