@@ -275,6 +275,9 @@ fn walls() -> Vec<Case> {
         // Where the kernel has /proc/kcore, libcontainer links to it, and it is masked.
         shell("devices", &[], "ls /dev | grep -v '^k*core$' | tr '\\n' ' '")
             .out("fd full mqueue null ptmx pts random shm stderr stdin stdout tty urandom zero "),
+        shell("a device by another name", &["--device", "/dev/null:/dev/own"], "echo x >/dev/own && test -c /dev/own && echo yes")
+            .out("yes\n"),
+        refused("a device that is not there", &["--device", "/dev/nowhere"], "/dev/nowhere"),
         shell("devices work", &[], "head -c 8 /dev/urandom | wc -c; head -c 3 /dev/zero | wc -c; echo x >/dev/null; echo x >/dev/full")
             .out("8\n3\n")
             .code(1)

@@ -256,6 +256,31 @@ fn terminals_have_the_size_of_the_callers() {
 }
 
 #[test]
+fn devices_are_given_with_the_access_that_is_named() {
+    if !can_run(Wall::Native) {
+        return;
+    }
+    if !std::path::Path::new("/dev/net/tun").exists() {
+        skip("needs /dev/net/tun, a device that can be opened without more and that containers do not have");
+        return;
+    }
+    let home = Home::new();
+    let script = "ls -l /dev/own | cut -c1; (: </dev/own) && echo read; (: >>/dev/own) && echo written";
+    for (access, seen) in [("r", "c\nread\n"), ("w", "c\nwritten\n"), ("rw", "c\nread\nwritten\n")] {
+        let device = format!("--device=/dev/net/tun:/dev/own:{access}");
+        assert_eq!(home.shell(Wall::Native, &[&device], script).stdout, seen, "{access}");
+    }
+    let same = home.shell(
+        Wall::Native,
+        &["--device=/dev/net/tun"],
+        "test -c /dev/net/tun && : </dev/net/tun && echo yes",
+    );
+    assert_eq!(same.ok(), "yes\n");
+    let refused = home.shell(Wall::Native, &["--device=/dev/net/tun:/dev/own:x"], "true");
+    assert!(refused.code == 125 && refused.stderr.contains("rwm"), "{refused:?}");
+}
+
+#[test]
 fn signals_of_the_client_are_the_containers() {
     if !can_run(Wall::Native) {
         return;

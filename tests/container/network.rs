@@ -62,6 +62,11 @@ fn talk(home: &Home, wall: Wall) {
     assert_eq!(home.run(&["port", "server"]).ok(), "80/tcp -> 0.0.0.0:8080\n");
     assert_eq!(home.run(&["port", "server", "80"]).ok(), "0.0.0.0:8080\n");
     assert_eq!(greeting(8080), "hello\n");
+    let stats = home.run(&["stats", "--no-stream", "--format=json", "server"]).ok();
+    let stats: serde_json::Value = serde_json::from_str(&stats).expect("JSON");
+    let counted =
+        stats["NetIO"].as_str().expect("numbers").split(" / ").map(str::to_owned).collect::<Vec<_>>();
+    assert!(counted.len() == 2 && counted.iter().all(|bytes| bytes != "0B"), "{stats}");
     // From a native one, by name and by alias.
     let ask = "for name in server other; do echo x | nc -w 20 $name 80; done";
     let answer = home.run(&["run", "--rm", "--network=web", IMAGE, "sh", "-c", ask]);
@@ -95,6 +100,32 @@ fn microvms_reach_each_other_and_are_reached() {
         let home = Home::new();
         talk(&home, Wall::Microvm);
     }
+}
+
+#[test]
+fn all_exposed_ports_are_published_on_free_ones_of_the_host() {
+    if !can_connect(Wall::Native) {
+        return;
+    }
+    let home = Home::new();
+    home.run(&["create", "--name=base", "--network=none", IMAGE, "true"]).ok();
+    let expose = ["commit", "--change=EXPOSE 80", "--change=EXPOSE 53/udp", "base", "exposing"];
+    home.run(&expose).ok();
+    let arguments = ["run", "-d", "--name=one", "-P", "-p", "8088:80", "exposing", "sh", "-c", SERVER];
+    home.run(&arguments).ok();
+    home.await_log("one", "ready");
+    // One that was published by itself is not published again.
+    let ports = home.run(&["port", "one"]).ok();
+    let lines: Vec<&str> = ports.lines().collect();
+    assert_eq!(lines.len(), 2, "{ports}");
+    assert!(ports.contains("80/tcp -> 0.0.0.0:8088") && ports.contains("53/udp -> 0.0.0.0:"), "{ports}");
+    home.run(&["rm", "-f", "one", "base"]).ok();
+    home.run(&["run", "-d", "--name=two", "--publish-all", "exposing", "sh", "-c", SERVER]).ok();
+    home.await_log("two", "ready");
+    let line = home.run(&["port", "two", "80"]).ok();
+    let port = line.trim().strip_prefix("0.0.0.0:").and_then(|port| port.parse().ok()).expect("a port");
+    assert_eq!(greeting(port), "hello\n");
+    home.run(&["rm", "-f", "two"]).ok();
 }
 
 #[test]

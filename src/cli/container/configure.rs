@@ -267,7 +267,15 @@ fn network(options: &ContainerOptions, image: &ImageConfig, records: &Records) -
     if options.publish_all {
         for exposed in image.exposed_ports().iter().flatten() {
             let ports = ports(exposed).map_err(|error| anyhow::anyhow!("the image exposes {error}"))?;
-            published.extend(ports.0);
+            for port in ports.0 {
+                // One that was published by itself has its place already.
+                let is_there = published
+                    .iter()
+                    .any(|other| (other.container, &other.protocol) == (port.container, &port.protocol));
+                if !is_there {
+                    published.push(port);
+                }
+            }
         }
     }
     let named = |name: &str, first: bool| NetworkJoin {

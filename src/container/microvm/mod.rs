@@ -16,10 +16,11 @@ use oci_spec::runtime::{Process, Spec};
 
 use self::sandbox::Sandbox;
 use crate::container::backend::{
-    Backend, Bundle, Error, Execution, ExitStatus, ProcessInfo, Stats, Streams, WindowSize,
+    Backend, Bundle, Error, Execution, ExitStatus, InterfaceStats, ProcessInfo, Stats, Streams, WindowSize,
 };
 use crate::container::config::{ContainerConfig, Limits};
-use crate::container::network::{Interface, TapPlug};
+use crate::container::native;
+use crate::container::network::{Interface, TapPlug, netns};
 use crate::guest::client::{self, Client};
 use crate::guest::protocol::{self, Event, FIRST_PROCESS, Failure, FileInfo, Target};
 use crate::guest::spec::{self as agent, ProcessSpec, Root, Stdio, Upper, Volume};
@@ -144,6 +145,19 @@ impl Microvm {
         let (sandbox, client) = Sandbox::start(dir, vm, &self.place.interfaces, hostname)?;
         sandbox.enter(&self.id)?;
         Ok(Running { sandbox, client })
+    }
+
+    /// Counters of the devices of the sandbox's network, which see what the guest sends and gets.
+    fn interfaces(&self) -> Vec<InterfaceStats> {
+        let netns = self.place.sandbox.join("netns");
+        if !netns::exists(&netns) {
+            return vec![];
+        }
+        let text = netns::within(&netns, || fs::read_to_string("/proc/thread-self/net/dev"));
+        let mut found = native::parse_interfaces(&text.unwrap_or_default());
+        // Beside each is the tap, with the same numbers the other way round.
+        found.retain(|interface| interface.name.starts_with("eth"));
+        found
     }
 
     fn net(&self, plug: &TapPlug) -> Result<Net, Error> {
@@ -372,7 +386,7 @@ impl Backend for Microvm {
             pids_limit: stats.pids_limit,
             block_read_bytes: Some(stats.read_bytes),
             block_write_bytes: Some(stats.write_bytes),
-            interfaces: vec![],
+            interfaces: self.interfaces(),
         })
     }
 

@@ -42,7 +42,7 @@ use super::config::Secret;
 use super::spec::{compile_seccomp, compile_seccomp_cached, load_flags};
 
 pub use own::protect_own_program;
-pub use processes::start_ticks;
+pub use processes::{parse_interfaces, start_ticks};
 pub use rootless::{
     cgroup_parent, cgroup_path, enter_user_namespace, has_one_user, is_user_namespace, set_aside,
 };

@@ -89,7 +89,8 @@ pub(super) fn interfaces(pid: i32) -> Vec<InterfaceStats> {
     parse_interfaces(&fs::read_to_string(format!("/proc/{pid}/net/dev")).unwrap_or_default())
 }
 
-fn parse_interfaces(text: &str) -> Vec<InterfaceStats> {
+/// From `/proc/net/dev`.
+pub fn parse_interfaces(text: &str) -> Vec<InterfaceStats> {
     let one = |line: &str| {
         let (name, numbers) = line.split_once(':')?;
         let numbers: Vec<u64> = numbers.split_whitespace().map(|word| word.parse().unwrap_or(0)).collect();

@@ -106,7 +106,8 @@ impl<R: Read> TarReader<R> {
                 let dangling = Error::Header("it ends after an extended header");
                 return if count == 0 { Ok(None) } else { Err(dangling) };
             };
-            let size = header.entry_size().map_err(|_| Error::Header("a size is not a number"))?;
+            let size = or_zero(&header.as_old().size, header.entry_size())
+                .map_err(|_| Error::Header("a size is not a number"))?;
             match header.entry_type() {
                 EntryType::XHeader => {
                     let bytes = self.body(size, EXTENDED_MAX, "bytes in an extended header")?;
@@ -251,9 +252,11 @@ impl<R: Read> TarReader<R> {
         };
         Ok(Entry {
             kind,
-            mode: header.mode().map_err(|_| wrong("its permissions are not a number"))? & 0o7777,
-            uid: owner(extended.uid, header.uid())?,
-            gid: owner(extended.gid, header.gid())?,
+            mode: or_zero(&header.as_old().mode, header.mode())
+                .map_err(|_| wrong("its permissions are not a number"))?
+                & 0o7777,
+            uid: owner(extended.uid, or_zero(&header.as_old().uid, header.uid()))?,
+            gid: owner(extended.gid, or_zero(&header.as_old().gid, header.gid()))?,
             mtime: extended.mtime.unwrap_or_else(|| {
                 let seconds = header.mtime().ok().and_then(|seconds| i64::try_from(seconds).ok());
                 (seconds.unwrap_or(0), 0)
@@ -266,6 +269,11 @@ impl<R: Read> TarReader<R> {
             name,
         })
     }
+}
+
+/// A number of the header; a field in which nothing is written means zero, as in Go's reader.
+fn or_zero<T: Default>(field: &[u8], number: io::Result<T>) -> io::Result<T> {
+    if field.iter().all(|byte| matches!(byte, 0 | b' ')) { Ok(T::default()) } else { number }
 }
 
 impl Extended {

@@ -77,6 +77,28 @@ fn is_root(rights: Rights) -> bool {
 }
 
 #[test]
+fn fields_in_which_nothing_is_written_are_zero() {
+    let empty = |header: &mut tar::Header| {
+        let old = header.as_old_mut();
+        (old.uid, old.gid, old.mtime) = ([0; 8], [0; 8], [0; 12]);
+    };
+    let blank = |header: &mut tar::Header| {
+        let old = header.as_old_mut();
+        (old.uid, old.gid, old.size) = ([b' '; 8], [0; 8], [0; 12]);
+    };
+    let layers = Layers::new().with(
+        Archive::new()
+            .entry(EntryType::Regular, b"f", b"", b"text", empty, &[])
+            .entry(EntryType::Directory, b"d", b"", b"", blank, &[])
+            .entry(EntryType::Regular, b"g", b"", b"", |header| header.as_old_mut().mode = [0; 8], &[]),
+    );
+    let own = rustix::process::geteuid().as_raw();
+    assert_eq!(layers.text("f"), "text");
+    assert_eq!((layers.stat("f").uid(), layers.stat("d").uid()), (own, own));
+    assert_eq!((layers.stat("f").mtime(), layers.stat("g").mode() & 0o7777), (0, 0));
+}
+
+#[test]
 fn files_directories_and_links_are_made_as_they_were_packed() {
     let layers = Layers::new().with(
         Archive::new()
