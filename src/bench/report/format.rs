@@ -45,6 +45,11 @@ impl Scale {
         Scale { divisor, name, decimals }
     }
 
+    /// What a figure is divided by.
+    pub fn divisor(self) -> f64 {
+        self.divisor
+    }
+
     /// The digits alone.
     pub fn digits(self, value: f64) -> String {
         let value = value / self.divisor;
@@ -121,9 +126,15 @@ pub fn interval(unit: Unit, median: f64, interval: Interval) -> String {
     }
 }
 
-/// A ratio: two decimals near one, three digits further away.
+/// A ratio: two decimals near one, three digits further away. What is not one does not look like one.
 pub fn factor(ratio: f64) -> String {
-    Scale { divisor: 1.0, name: "", decimals: decimals(ratio.abs()).min(2) }.digits(ratio)
+    let size = ratio.abs();
+    let decimals = if size < 0.0995 { 3 } else { decimals(size).min(2) };
+    let digits = |decimals| Scale { divisor: 1.0, name: "", decimals }.digits(ratio);
+    match digits(decimals) {
+        text if text == "1.00" && ratio != 1.0 => digits(3),
+        text => text,
+    }
 }
 
 /// The ends of a ratio's interval.
@@ -229,6 +240,14 @@ mod tests {
     fn interval_keeps_the_unit_of_its_median() {
         assert_eq!(interval(Unit::Seconds, 0.9, Interval { low: 0.8, high: 1.1 }), "800 to 1100 ms");
         assert_eq!(interval(Unit::Count, 5.0, Interval { low: 5.0, high: 5.0 }), "5");
+    }
+
+    #[test]
+    fn factor_near_one_is_told_from_one() {
+        assert_eq!(
+            [1.0, 1.002, 0.998, 0.0789, 0.789, 10.04].map(factor),
+            ["1.00", "1.002", "0.998", "0.079", "0.79", "10.0"]
+        );
     }
 
     #[test]

@@ -77,7 +77,7 @@ pub struct Ruling {
     pub outcome: Outcome,
     /// What the winner does, by how much and how sure, in a sentence.
     pub sentence: String,
-    /// The best of all executors, if it is neither of the two.
+    /// The best of all executors that isolate, if it is neither of the two.
     pub best: Option<Side>,
     /// Codes of the warnings that touch it.
     pub warnings: Vec<String>,
@@ -179,7 +179,9 @@ fn ruling(summary: &Summary, dimension: &Dimension, a: &str, b: &str) -> Option<
         Better::Higher => y.quantiles.median.total_cmp(&x.quantiles.median),
         _ => x.quantiles.median.total_cmp(&y.quantiles.median),
     });
-    let best = of_metric.first().filter(|best| best.executor != a && best.executor != b);
+    // What isolates nothing is no choice.
+    let best = of_metric.iter().find(|series| summary.isolation(&series.executor) != Some(Isolation::None));
+    let best = best.filter(|best| best.executor != a && best.executor != b);
     Some(Ruling {
         title: (*title).into(),
         probe: (*probe).into(),

@@ -46,6 +46,7 @@ pub fn advantages(summary: &Summary, rulings: &[Ruling]) -> Plot {
     Plot {
         title: "How many times better each is, by dimension, with intervals".into(),
         unit: None,
+        both_ways: true,
         logarithmic: true,
         reference: Some(1.0),
         rows: rulings.iter().filter_map(row).collect(),
@@ -71,6 +72,7 @@ pub fn distribution(summary: &Summary, probe: &str, metric: &str) -> Plot {
             verdict::metric_title(summary, probe, metric)
         ),
         unit: series.first().map(|series| series.unit),
+        both_ways: false,
         logarithmic: true,
         reference: None,
         rows: series.iter().map(row).collect(),
@@ -107,6 +109,7 @@ pub fn memory(summary: &Summary) -> Plot {
     Plot {
         title: "Memory of one more idle instance, by its parts".into(),
         unit: Some(Unit::Bytes),
+        both_ways: false,
         logarithmic: false,
         reference: None,
         rows: series.iter().map(row).collect(),
@@ -134,6 +137,7 @@ pub fn timeline(summary: &Summary) -> Plot {
     Plot {
         title: format!("Where the start{whose} goes, stage by stage"),
         unit: Some(Unit::Seconds),
+        both_ways: false,
         logarithmic: false,
         reference: None,
         rows,
@@ -177,6 +181,7 @@ pub fn latency(summary: &Summary, service: &str, title: &str) -> Plot {
     Plot {
         title: format!("{title}: within which time answers come"),
         unit: Some(Unit::Seconds),
+        both_ways: false,
         logarithmic: true,
         reference: None,
         rows: summary.plan.executors.iter().filter_map(row).collect(),
@@ -238,6 +243,7 @@ pub fn costs(summary: &Summary) -> Plot {
     Plot {
         title: format!("What operations cost, beside {first}"),
         unit: None,
+        both_ways: false,
         logarithmic: true,
         reference: Some(1.0),
         rows: operations.iter().filter_map(row).collect(),

@@ -162,7 +162,12 @@ fn card(ruling: &Ruling) -> Markup {
     let class = ruling.winner().map_or("undecided", |winner| isolation_class(winner.isolation));
     let big = match ruling.outcome {
         Outcome::Won { factor: Some(factor), .. } => format!("{}×", format::factor(factor)),
-        Outcome::Won { factor: None, .. } => "clear".into(),
+        Outcome::Won { factor: None, by, .. } => {
+            let figure = |at: usize| {
+                ruling.sides.get(at).map_or(String::new(), |side| format::figure(ruling.unit, side.median))
+            };
+            format!("{} vs {}", figure(by), figure(1 - by.min(1)))
+        }
         Outcome::NoDifference => "=".into(),
         Outcome::TooFew => "?".into(),
     };

@@ -7,7 +7,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use crate::bench::report::format;
+use crate::bench::report::format::{self, Scale};
 use crate::bench::results::Unit;
 
 pub const INK: RGBColor = RGBColor(0x1B, 0x1F, 0x24);
@@ -68,6 +68,8 @@ pub struct Plot {
     pub title: String,
     /// `None`: the axis counts how many times.
     pub unit: Option<Unit>,
+    /// How many times is counted from one to both sides.
+    pub both_ways: bool,
     pub logarithmic: bool,
     /// An upright line through all rows.
     pub reference: Option<f64>,
@@ -122,7 +124,7 @@ fn rows(root: &Area, plot: &Plot, axis: &Axis, width: usize) -> Result<(), Faile
     chart
         .draw_series(axis.ticks.iter().map(|(at, _)| upright(*at, LINE)))
         .map_err(|error| error.to_string())?;
-    if let Some(at) = plot.reference.and_then(|at| axis.place(at)) {
+    if let Some(at) = plot.reference.and_then(|at| axis.within(at)) {
         chart.draw_series([upright(at, MUTED)]).map_err(|error| error.to_string())?;
     }
     let pixel = |chart: &ChartContext<SVGBackend, _>, x: f64, y: f64| chart.backend_coord(&(x, y));
@@ -142,7 +144,7 @@ fn rows(root: &Area, plot: &Plot, axis: &Axis, width: usize) -> Result<(), Faile
         let right = width as i32 - MARGIN;
         root.draw(&Text::new(row.figure.clone(), (right, y), text(13.0, &MUTED, HPos::Right)))?;
         for (number, (mark, colour)) in row.marks.iter().enumerate() {
-            let [Some(from), Some(to)] = mark.ends().map(|end| axis.place(end)) else { continue };
+            let [Some(from), Some(to)] = mark.ends().map(|end| axis.within(end)) else { continue };
             let (x, y) = pixel(&chart, from, lane);
             let (x_to, _) = pixel(&chart, to, lane);
             draw_mark(root, mark, *colour, number, (x, x_to, y))?;
@@ -215,14 +217,21 @@ impl Axis {
             false if high > low.min(0.0) => (low.min(0.0), high + (high - low.min(0.0)) * 0.03),
             false => (low - 1.0, high + 1.0),
         };
-        let values = if plot.logarithmic {
-            logarithmic_ticks(low, high, most_ticks)
-        } else {
-            ticks(low, high, most_ticks)
+        let values = match plot.logarithmic {
+            true => logarithmic_ticks(low, high, most_ticks),
+            // Round in the unit that they are shown in.
+            false => {
+                let divisor = plot.unit.map_or(1.0, |unit| Scale::of(unit, high).divisor());
+                ticks(low / divisor, high / divisor, most_ticks)
+                    .into_iter()
+                    .map(|tick| tick * divisor)
+                    .collect()
+            }
         };
         let mut axis = Axis { logarithmic: plot.logarithmic, low, high, ticks: vec![] };
         let label = |value: f64| match plot.unit {
             Some(unit) => short(&format::figure(unit, value)),
+            None if plot.both_ways && value < 1.0 => short(&format::factor(1.0 / value)) + "×",
             None => short(&format::factor(value)) + "×",
         };
         axis.ticks =
@@ -231,6 +240,11 @@ impl Axis {
             (axis.low, axis.high) = (low.log10(), high.log10());
         }
         (axis.low < axis.high).then_some(axis)
+    }
+
+    /// The place of a value that the axis reaches.
+    fn within(&self, value: f64) -> Option<f64> {
+        self.place(value).filter(|place| (self.low..=self.high).contains(place))
     }
 
     fn place(&self, value: f64) -> Option<f64> {
@@ -287,6 +301,7 @@ mod tests {
         Plot {
             title: "t \"<".into(),
             unit: Some(Unit::Seconds),
+            both_ways: false,
             logarithmic,
             reference: None,
             rows: vec![row],
