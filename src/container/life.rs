@@ -74,7 +74,7 @@ pub fn start(
 ) -> Result<Starting, Error> {
     let life = records.take_life(id)?.ok_or_else(|| Error::Running(id.into()))?;
     let mut record = records.read(id)?;
-    if record.state.status.is_live() {
+    if record.state.status.is_live() || prepare::has_machine(records, id) {
         prepare::clear(records, &record.config)?;
         records.bury(&mut record)?;
     }
@@ -204,6 +204,10 @@ pub fn mend(records: &Records, id: &str) -> Result<bool, Error> {
     let Some(_life) = records.take_life(id)? else { return Ok(false) };
     let mut record = records.read(id)?;
     if !record.state.status.is_live() {
+        // A machine that was booted for a look at its disk.
+        if prepare::has_machine(records, id) {
+            prepare::clear(records, &record.config)?;
+        }
         return Ok(false);
     }
     prepare::clear(records, &record.config)?;
@@ -220,7 +224,7 @@ pub fn mend_all(records: &Records) -> Result<(), Error> {
     let warn = |error: &dyn std::error::Error| tracing::warn!("{}", crate::error_chain(error));
     for record in records.all()? {
         let id = &record.config.id;
-        if record.state.status.is_live()
+        if (record.state.status.is_live() || prepare::has_machine(records, id))
             && !records.is_supervised(id)
             && let Err(error) = mend(records, id)
         {

@@ -2,6 +2,7 @@
 
 pub mod archive;
 pub mod backend;
+pub mod changes;
 pub mod client;
 pub mod config;
 mod files;

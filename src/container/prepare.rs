@@ -409,6 +409,11 @@ pub fn image_of(records: &Records, config: &ContainerConfig) -> Result<(Store, I
     Ok((store, image, layers))
 }
 
+/// Whether a VM was started for a container and not taken away.
+pub fn has_machine(records: &Records, id: &str) -> bool {
+    records.roots().sandbox(id).join("monitor.json").exists()
+}
+
 /// Takes away what a container has left on the host, but not what it keeps: its configuration, log and writable layer.
 /// What is not there is no error.
 pub fn clear(records: &Records, config: &ContainerConfig) -> Result<(), Error> {

@@ -170,6 +170,14 @@ pub enum Request {
         /// Milliseconds between asking processes to end and killing them.
         timeout_ms: u32,
     },
+    /// Sends what a container has written over its layers as the tar archive of one more layer, over a stream:
+    /// [`Reply::Done`] at the end.
+    ReadChanges {
+        /// The container.
+        container: String,
+        /// The stream, which the host has to open.
+        stream: u64,
+    },
 }
 
 /// To whom a signal goes.

@@ -256,7 +256,10 @@ impl Agent {
     fn start_archive(&mut self, asked: Asked, connection: OwnedFd) {
         let started = self
             .container(&asked.container)
-            .and_then(Container::view)
+            .and_then(|container| match asked.direction {
+                Direction::Changes => container.changes(),
+                Direction::Read | Direction::Write => container.view(),
+            })
             .and_then(|view| Job::start(asked.direction, &view, &asked.path, connection));
         match started {
             Ok((pid, job)) => {

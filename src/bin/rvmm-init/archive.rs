@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 use rvmm::guest::protocol::Failure;
+use rvmm::image::layers;
 
 use crate::failure::{Doing, Number};
 use crate::system;
@@ -23,6 +24,8 @@ pub enum Direction {
     Read,
     /// Into it.
     Write,
+    /// What was written over its layers, out of it.
+    Changes,
 }
 
 /// The file system of a container.
@@ -31,6 +34,8 @@ pub enum View {
     Process(OwnedFd),
     /// Where its root is mounted, if there is none.
     Root(PathBuf),
+    /// The directory of what was written over the layers.
+    Upper(OwnedFd),
 }
 
 /// An archive under way.
@@ -78,13 +83,18 @@ fn work(direction: Direction, view: &View, path: &Path, stream: OwnedFd) -> Resu
             move_into_thread_name_spaces(process.as_fd(), ThreadNameSpaceType::MOUNT).doing(doing)?;
         }
         View::Root(root) => rustix::process::chroot(root).doing(doing)?,
+        View::Upper(_) => {}
     }
-    rustix::process::chdir("/").doing(doing)?;
+    match view {
+        View::Upper(upper) => rustix::process::fchdir(upper).doing(doing)?,
+        _ => rustix::process::chdir("/").doing(doing)?,
+    }
     rustix::io::ioctl_fionbio(&stream, false).doing(doing)?;
     let stream = File::from(stream);
     match direction {
         Direction::Read => pack(path, stream),
         Direction::Write => unpack(path, stream),
+        Direction::Changes => pack_changes(stream),
     }
 }
 
@@ -115,6 +125,16 @@ fn pack(path: &Path, stream: File) -> Result<(), Failure> {
     }
     .map_err(failed)?;
     archive.into_inner().and_then(|mut inner| inner.flush()).map_err(failed)
+}
+
+/// Packs the working directory, which is an overlay's upper one, as a layer.
+fn pack_changes(stream: File) -> Result<(), Failure> {
+    let failed =
+        |text: String| Failure::System { doing: text.chars().take(1000).collect(), errno: libc::EIO };
+    let mut to = io::BufWriter::with_capacity(64 << 10, stream);
+    layers::pack(Path::new("."), &mut to, layers::Rights::ALL)
+        .map_err(|error| failed(format!("pack what was written: {}", rvmm::error_chain(&error))))?;
+    to.flush().map_err(|error| failed(format!("send what was written: {error}")))
 }
 
 fn unpack(path: &Path, stream: File) -> Result<(), Failure> {

@@ -95,6 +95,12 @@ impl Container {
         rustix::fs::open(path, flags, Mode::empty()).doing(|| "open the container's root".to_owned())
     }
 
+    /// What it has written over its layers, for a child that packs it.
+    pub fn changes(&self) -> Result<View, Failure> {
+        let missing = || Failure::Invalid("the container writes to no directory of this machine".into());
+        Ok(View::Upper(copy(self.root.upper().ok_or_else(missing)?)?))
+    }
+
     /// The same for a child that enters it.
     pub fn view(&self) -> Result<View, Failure> {
         Ok(match &self.first {

@@ -79,6 +79,9 @@ impl Agent {
             Request::WriteArchive { container, path, stream } => {
                 return self.ask(by, container, path, stream, Direction::Write).map(|()| None);
             }
+            Request::ReadChanges { container, stream } => {
+                return self.ask(by, container, "/".into(), stream, Direction::Changes).map(|()| None);
+            }
             Request::Sync => {
                 rustix::fs::sync();
                 Ok(())

@@ -2,10 +2,12 @@
 
 use std::ffi::CString;
 use std::fs;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rvmm::guest::protocol::Failure;
@@ -27,13 +29,16 @@ pub struct RootMount {
     made: Vec<PathBuf>,
     /// What is mounted, in order.
     mounted: Vec<PathBuf>,
+    /// The overlay's upper directory, which has no other place.
+    upper: Option<OwnedFd>,
 }
 
 impl RootMount {
     /// Mounts the root of a container.
     pub fn new(spec: &ContainerSpec, disks: &mut Disks, share: &Share) -> Result<Self, Failure> {
         let directory = Path::new(CONTAINERS).join(&spec.id);
-        let mut root = Self { directory: directory.clone(), made: Vec::new(), mounted: Vec::new() };
+        let mut root =
+            Self { directory: directory.clone(), made: Vec::new(), mounted: Vec::new(), upper: None };
         root.make(directory)?;
         let path = root.path();
         root.make(path.clone())?;
@@ -50,6 +55,11 @@ impl RootMount {
     /// Where it is.
     pub fn path(&self) -> PathBuf {
         self.directory.join("root")
+    }
+
+    /// What was written over the layers, if that is in a directory of its own.
+    pub fn upper(&self) -> Option<BorrowedFd<'_>> {
+        self.upper.as_ref().map(OwnedFd::as_fd)
     }
 
     fn make(&mut self, path: PathBuf) -> Result<(), Failure> {
@@ -112,6 +122,9 @@ impl RootMount {
             self.prepare_upper(&directory.join((lower.len() - 1).to_string()))
                 .doing(|| "prepare the writable layer".to_owned())?;
             options.push_str(",upperdir=u/upper,workdir=u/work");
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let opened = rustix::fs::open(directory.join("u/upper"), flags, Mode::empty());
+            self.upper = Some(opened.doing(|| "open the writable layer".to_owned())?);
         }
         self.mount_overlay(&options).doing(|| format!("mount {} layers over each other", lower.len()))?;
         // The overlay holds them; here they would only be copied into each container's mounts.
@@ -154,6 +167,7 @@ impl RootMount {
 
     /// Unmounts everything and removes what was made for it.
     fn unmount(&mut self) {
+        self.upper = None;
         for at in self.mounted.drain(..).rev() {
             // A process in another container's view may still be in it; then it goes when that does.
             if unmount(&at, UnmountFlags::empty()).is_err() {

@@ -4,7 +4,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 
-use crate::container::config::{ContainerConfig, Isolation};
+use crate::container::changes::Changes;
+use crate::container::config::ContainerConfig;
 use crate::container::records::Records;
 use crate::container::state::Status;
 use crate::container::supervisor::protocol::Request;
@@ -47,12 +48,6 @@ pub fn run(arguments: &CommitArguments, records: &Records) -> anyhow::Result<Exi
     let id = records.find(&arguments.container)?;
     let record = records.read(&id)?;
     let config = &record.config;
-    if config.isolation == Isolation::Microvm {
-        bail!(
-            "a microVM's changes are on a disk that only its own kernel mounts, so they cannot be told from the image; \
-             make them in a container with --isolation native, or copy the files out with rvmm cp"
-        );
-    }
     let names = match &arguments.name {
         Some(name) => {
             let name = Reference::parse(name).with_context(|| format!("{name:?} is no image's name"))?;
@@ -71,16 +66,6 @@ pub fn run(arguments: &CommitArguments, records: &Records) -> anyhow::Result<Exi
         created: None,
         changes: changes(config, &image).into_iter().chain(arguments.change.iter().cloned()).collect(),
     };
-    let upper = records.roots().container(&id).join("rw/upper");
-    // One that was never started has written nothing.
-    let empty;
-    let upper = match upper.is_dir() {
-        true => upper,
-        false => {
-            empty = tempfile::tempdir().context("cannot make a directory")?;
-            empty.path().to_owned()
-        }
-    };
     let mut pauses = arguments.pause.unwrap_or(true) && record.state.status == Status::Running;
     if pauses && let Err(error) = life::call(records, &id, &Request::Pause) {
         if arguments.pause.is_some() || !native::is_user_namespace() {
@@ -90,7 +75,9 @@ pub fn run(arguments: &CommitArguments, records: &Records) -> anyhow::Result<Exi
         tracing::warn!("the container goes on meanwhile: {}", crate::error_chain(&error));
         pauses = false;
     }
-    let made = commit(&store, &image, &upper, &what, &names);
+    let made = Changes::of(records, &record)
+        .map_err(anyhow::Error::from)
+        .and_then(|changes| Ok(commit(&store, &image, changes.path(), &what, &names)?));
     if pauses {
         match life::call(records, &id, &Request::Resume) {
             // It was killed meanwhile.

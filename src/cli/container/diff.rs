@@ -7,9 +7,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 
-use crate::container::config::Isolation;
+use crate::container::changes::Changes;
 use crate::container::prepare;
 use crate::container::records::Records;
 
@@ -27,19 +27,12 @@ pub struct DiffArguments {
 /// Shows them.
 pub fn run(arguments: &DiffArguments, records: &Records) -> anyhow::Result<ExitCode> {
     let record = records.read(&records.find(&arguments.container)?)?;
-    if record.config.isolation == Isolation::Microvm {
-        bail!(
-            "a microVM's changes are on a disk that only its own kernel mounts; \
-             make them in a container with --isolation native to see them"
-        );
-    }
-    let upper = records.roots().container(&record.config.id).join("rw/upper");
+    let written = Changes::of(records, &record)?;
+    let (_, _, layers) = prepare::image_of(records, &record.config)?;
     let mut changes = vec![];
-    if upper.is_dir() {
-        let (_, _, layers) = prepare::image_of(records, &record.config)?;
-        walk(&upper, Path::new(""), &layers, &mut changes)
-            .with_context(|| format!("cannot read {upper:?}"))?;
-    }
+    walk(written.path(), Path::new(""), &layers, &mut changes)
+        .with_context(|| format!("cannot read {:?}", written.path()))?;
+    drop(written);
     changes.sort_by(|(_, a), (_, b)| a.cmp(b));
     let mut output = io::BufWriter::new(stdout().lock());
     for (kind, path) in changes {

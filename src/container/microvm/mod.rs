@@ -237,6 +237,12 @@ impl Microvm {
         self.client()?.read_archive(&id, path, &mut to).map_err(agent_error("copy out of the container"))
     }
 
+    /// Writes what the container has written over its layers to `to`, as one more layer.
+    pub fn read_changes(&mut self, mut to: impl io::Write) -> Result<(), Error> {
+        let id = self.id.clone();
+        self.client()?.read_changes(&id, &mut to).map_err(agent_error("read what the container has written"))
+    }
+
     /// Unpacks a tar archive from `from` into a directory of the container.
     pub fn write_archive(&mut self, path: &str, mut from: impl io::Read) -> Result<(), Error> {
         let id = self.id.clone();

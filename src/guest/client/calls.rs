@@ -133,6 +133,14 @@ impl Client {
         self.archived(pending, copied)
     }
 
+    /// Writes what a container has written over its layers to `to`, as one more layer.
+    pub fn read_changes(&mut self, container: &str, to: &mut impl Write) -> Result<(), Error> {
+        let stream = self.new_stream()?;
+        let pending = self.begin(Request::ReadChanges { container: container.into(), stream })?;
+        let copied = self.open_stream(stream).map(|mut from| io::copy(&mut from, to));
+        self.archived(pending, copied)
+    }
+
     /// Unpacks a tar archive from `from` into a directory of a container.
     pub fn write_archive(&mut self, container: &str, path: &str, from: &mut impl Read) -> Result<(), Error> {
         let stream = self.new_stream()?;
