@@ -78,6 +78,10 @@ struct Engine {
 impl Engine {
     /// `None`, which is said, where the peer is not installed or cannot run anything.
     fn start(peer: Peer) -> Option<Engine> {
+        if std::env::var_os("RVMM_NESTED_HOST").is_some() {
+            skip("others are compared on this host, where they take their usual time");
+            return None;
+        }
         let programs: &[&str] =
             if peer == Peer::Podman { &["podman", "crun"] } else { &["dockerd", "docker", "runc"] };
         if !can_run_native() || !programs.iter().all(|name| has_tool(name)) {

@@ -35,8 +35,9 @@ pub const SHARE_TAG: &str = "sandbox";
 const CID: u32 = 3;
 /// What the guest is told beside what the monitor adds.
 const CMDLINE: &str = "quiet";
-/// How long a guest may take to boot, on the slowest kind of KVM and a busy host: a hang, and not a time that is met.
-const BOOT_PATIENCE: Duration = Duration::from_secs(180);
+/// How long a guest may take to boot, on the slowest kind of KVM and a host on which twenty others boot: a hang, and not a time
+/// that is met. A monitor that ends is seen at once.
+const BOOT_PATIENCE: Duration = Duration::from_secs(600);
 /// How long a call of a running agent may take.
 const CALL_PATIENCE: Duration = Duration::from_secs(120);
 /// How long the guest has to bring its file systems in order.
