@@ -2,7 +2,7 @@
 
 mod cases;
 mod faults;
-mod home;
+pub mod home;
 mod life;
 mod network;
 mod table;

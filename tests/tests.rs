@@ -9,6 +9,7 @@ mod balloon;
 mod block;
 mod boot;
 mod cli;
+mod compare;
 mod console;
 mod container;
 mod fs;

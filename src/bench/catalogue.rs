@@ -28,7 +28,6 @@ pub const PROBES: &[ProbeInfo] = &[
             MetricInfo("first_output", "command typed to first output", Seconds, Lower, false),
             MetricInfo("first_http", "command typed to first HTTP answer", Seconds, Lower, false),
             MetricInfo("whole", "the whole command, for a program that ends at once", Seconds, Lower, false),
-            MetricInfo("cpu", "processor time of the host for a start", Seconds, Lower, false),
             MetricInfo("stop", "stop to gone", Seconds, Lower, false),
             MetricInfo("parallel_10", "10 at once, until all have answered", Seconds, Lower, false),
             MetricInfo("parallel_50", "50 at once, until all have answered", Seconds, Lower, false),
@@ -227,7 +226,6 @@ pub const PROBES: &[ProbeInfo] = &[
                 Better::None,
                 true,
             ),
-            MetricInfo("memory_stop", "what was in memory, over stop and start", Text, Better::None, true),
         ],
     },
     ProbeInfo {
@@ -238,13 +236,6 @@ pub const PROBES: &[ProbeInfo] = &[
             MetricInfo("commands", "commands to type", Count, Lower, true),
             MetricInfo("fetched", "bytes fetched", Bytes, Lower, true),
             MetricInfo("first_answer", "time from nothing to the first answer", Seconds, Lower, false),
-            MetricInfo(
-                "change",
-                "time from a changed file to the running new version",
-                Seconds,
-                Lower,
-                false,
-            ),
         ],
     },
 ];

@@ -4,8 +4,16 @@
 //! ([`results`]); whatever is printed or drawn is a function of what lies in it ([`summary`]). docs/compare.md has the design.
 
 pub mod catalogue;
+pub mod compare;
+pub mod executor;
+pub mod host;
+pub mod image;
+pub mod interrupt;
+pub mod probe;
+pub mod process;
 pub mod report;
 pub mod results;
+pub mod run;
 pub mod stats;
 pub mod summary;
 pub mod testing;

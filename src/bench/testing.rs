@@ -443,6 +443,20 @@ fn figures() -> Vec<(&'static str, &'static str, [Made; 6])> {
     ]
 }
 
+/// How many of `tries` may go wrong that each go wrong with probability `error`, so that more happen by chance with less than
+/// `chance`: from the binomial distribution.
+pub fn allowed_misses(tries: u32, error: f64, chance: f64) -> u32 {
+    let mut probability = (1.0 - error).powi(tries as i32);
+    let mut at_most = probability;
+    let mut misses = 0;
+    while 1.0 - at_most > chance && misses < tries {
+        probability *= f64::from(tries - misses) / f64::from(misses + 1) * error / (1.0 - error);
+        at_most += probability;
+        misses += 1;
+    }
+    misses
+}
+
 /// A whole run of twelve rounds, with what real ones have: failures, an outlier, facts, warnings, executors left out.
 pub fn results(seed: u64) -> Results {
     made_up(seed, 12)
@@ -647,7 +661,7 @@ mod tests {
         if std::env::var_os("RVMM_WRITE_FIXTURE").is_some() {
             results.save(&fixture).unwrap();
         }
-        assert_eq!(Results::open(&fixture).unwrap(), results);
+        assert!(Results::open(&fixture).unwrap() == results, "write it anew, as said above");
     }
 
     #[test]
@@ -659,6 +673,14 @@ mod tests {
                 "{metric}"
             );
         }
+    }
+
+    #[test]
+    fn allowed_misses_are_those_of_the_binomial_distribution() {
+        // 20 tries at 5 %: at most 4 with 99.7 %, at most 5 with 99.97 %.
+        assert_eq!(allowed_misses(20, 0.05, 0.001), 5);
+        assert_eq!(allowed_misses(20, 0.05, 0.01), 4);
+        assert_eq!(allowed_misses(20, 0.0, 0.001), 0);
     }
 
     #[test]

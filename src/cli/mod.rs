@@ -1,6 +1,7 @@
 //! The command line: from arguments to plain configurations, one file for each subcommand.
 
 mod boot;
+mod compare;
 mod completions;
 mod container;
 mod doctor;
@@ -64,6 +65,9 @@ enum Command {
     Network(network::NetworkCommand),
     #[command(subcommand)]
     Volume(volume::VolumeCommand),
+    Compare(Box<compare::CompareArguments>),
+    #[command(name = crate::bench::compare::GUARD, hide = true)]
+    CompareGuard(compare::GuardArguments),
     Completions(completions::CompletionsArguments),
     Doctor(doctor::DoctorArguments),
     Man(man::ManArguments),
@@ -104,6 +108,8 @@ pub fn engine() -> ExitCode {
             .and_then(|place| image::run(command, &Store::open(&place)?)),
         Some(Command::Network(command)) => on_roots(|roots| network::run(&command, &roots.data, &roots.run)),
         Some(Command::Volume(command)) => on_roots(|roots| volume::run(&command, &roots.data)),
+        Some(Command::Compare(arguments)) => compare::run(&arguments),
+        Some(Command::CompareGuard(arguments)) => compare::guard(&arguments),
         Some(Command::Completions(arguments)) => completions::run(&arguments),
         Some(Command::Doctor(arguments)) => doctor::run(&arguments),
         Some(Command::Man(arguments)) => man::run(&arguments),

@@ -13,7 +13,9 @@ const GIB: f64 = 1024.0 * MIB;
 const STOPPED: &[&str] =
     &["stopped", "refused", "its own", "reaches its own", "limited", "itself", "no ", "none"];
 /// Words that a fact begins with where it did.
-const REACHED: &[&str] = &["reaches the host", "reached the host", "the host", "done", "succeeded"];
+const REACHED: &[&str] = &["reaches the host", "reached the host", "the host", "not stopped", "done"];
+/// Words that a fact begins with where it ends with the instance.
+const OWN: &[&str] = &["itself", "its own"];
 const YES: &[&str] = &["yes", "kept", "all", "shared"];
 const NO: &[&str] = &["no", "lost", "none", "not"];
 
@@ -88,8 +90,8 @@ pub(super) const CLAIMS: [Info; 25] = [
         claim: "A kernel exploit in a container reaches the host; in a VM the damage stays inside",
         definition: None,
         tests: &[
-            Fact("isolation", "crash", Container, &["the host"], &["itself"]),
-            Fact("isolation", "crash", AnyVm, &["itself"], &["the host"]),
+            Fact("isolation", "crash", Container, &["the host"], OWN),
+            Fact("isolation", "crash", AnyVm, OWN, &["the host"]),
             Fact("isolation", "escape_memory", AnyVm, STOPPED, REACHED),
             Fact("isolation", "escape_processes", AnyVm, STOPPED, REACHED),
         ],
