@@ -19,6 +19,7 @@ mod native;
 mod nested_host;
 mod net;
 mod network;
+mod report;
 mod resets;
 mod rng;
 mod rootless;

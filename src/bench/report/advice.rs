@@ -4,6 +4,7 @@
 //! every need the one that takes the least memory is recommended; if none does, the one that misses the fewest. What would
 //! turn the recommendation is found by asking again with one need changed, at the figures where a candidate's answer changes.
 
+use std::cmp::Ordering;
 use std::str::FromStr;
 
 use serde::Serialize;
@@ -105,6 +106,9 @@ fn bytes(text: &str) -> Option<u64> {
     let digits = if shift == 0 { text } else { &text[..text.len() - 1] };
     digits.parse::<u64>().ok()?.checked_mul(1 << shift).filter(|bytes| *bytes > 0)
 }
+
+/// A need, in words.
+const START: &str = "the start budget";
 
 /// A recommendation.
 #[derive(Clone, Debug, Serialize)]
@@ -238,12 +242,12 @@ impl<'a> Candidate<'a> {
                         Met::Unknown
                     };
                     check(
-                        "the start budget",
+                        START,
                         met,
                         format!("it starts in {}, and may take {limit}", with_interval(series)),
                     );
                 }
-                _ => check("the start budget", Met::Unknown, "its start was not measured".into()),
+                _ => check(START, Met::Unknown, "its start was not measured".into()),
             }
         }
         if let Some(instances) = needs.instances {
@@ -266,13 +270,39 @@ impl<'a> Candidate<'a> {
         checks
     }
 
-    /// What is least is taken: needs missed, needs unknown, bytes, seconds.
-    fn rank(&self, needs: &Needs, host_memory: u64) -> (usize, usize, f64, f64) {
+    /// What is least is taken: walls missed, needs missed, needs unknown, bytes, seconds. A wall is not traded for speed.
+    fn rank(&self, needs: &Needs, host_memory: u64) -> Rank {
         let checks = self.checks(needs, host_memory);
         let count = |met| checks.iter().filter(|check| check.met == met).count();
-        let (memory, start) =
-            (self.memory.map(|s| s.quantiles.median), self.start.map(|s| s.quantiles.median));
-        (count(Met::No), count(Met::Unknown), memory.unwrap_or(f64::INFINITY), start.unwrap_or(f64::INFINITY))
+        let median = |series: Option<&Series>| series.map_or(f64::INFINITY, |series| series.quantiles.median);
+        Rank {
+            wall: needs.untrusted && !self.own_kernel.0,
+            missed: count(Met::No),
+            unknown: count(Met::Unknown),
+            bytes: median(self.memory),
+            seconds: median(self.start),
+        }
+    }
+}
+
+/// How well a candidate suits.
+struct Rank {
+    wall: bool,
+    missed: usize,
+    unknown: usize,
+    bytes: f64,
+    seconds: f64,
+}
+
+impl Rank {
+    fn meets_all(&self) -> bool {
+        self.missed + self.unknown == 0
+    }
+
+    fn compare(&self, other: &Rank) -> Ordering {
+        let needs = |rank: &Rank| (rank.wall, rank.missed, rank.unknown);
+        let needs = needs(self).cmp(&needs(other));
+        needs.then(self.bytes.total_cmp(&other.bytes)).then(self.seconds.total_cmp(&other.seconds))
     }
 }
 
@@ -308,10 +338,7 @@ fn choose<'a, 'b>(
     needs: &Needs,
     host_memory: u64,
 ) -> Option<&'b Candidate<'a>> {
-    let compare = |a: &(usize, usize, f64, f64), b: &(usize, usize, f64, f64)| {
-        (a.0, a.1).cmp(&(b.0, b.1)).then(a.2.total_cmp(&b.2)).then(a.3.total_cmp(&b.3))
-    };
-    candidates.iter().min_by(|a, b| compare(&a.rank(needs, host_memory), &b.rank(needs, host_memory)))
+    candidates.iter().min_by(|a, b| a.rank(needs, host_memory).compare(&b.rank(needs, host_memory)))
 }
 
 /// What to take for these needs, on the figures of this run.
@@ -332,9 +359,9 @@ pub fn advice(summary: &Summary, needs: &Needs) -> Advice {
     };
     let Some(chosen) = choose(&candidates, needs, memory) else { return advice };
     advice.executor = Some(chosen.executor.into());
-    let (missed, unknown, ..) = chosen.rank(needs, memory);
-    advice.meets_all = missed + unknown == 0;
-    advice.sentence = match (missed, unknown) {
+    let rank = chosen.rank(needs, memory);
+    advice.meets_all = rank.meets_all();
+    advice.sentence = match (rank.missed, rank.unknown) {
         (0, 0) => format!("Take {}.", chosen.title),
         (0, _) => format!(
             "Take {}, though the figures do not show for sure that it meets every need.",
@@ -406,87 +433,92 @@ fn beside(chosen: &Candidate, other: &Candidate) -> String {
 
 /// What would turn the recommendation.
 fn flips(candidates: &[Candidate], chosen: &Candidate, needs: &Needs, memory: u64) -> Vec<String> {
-    let other =
-        |changed: &Needs| choose(candidates, changed, memory).filter(|now| now.executor != chosen.executor);
-    let mut flips = vec![];
-    let mut toggle = |changed: Needs, what: &str| {
-        if let Some(now) = other(&changed) {
-            flips.push(format!("If {what}: {}.", now.title));
-        }
+    // What is recommended, or that nothing meets every need: a change of this is what counts.
+    let outcome = |needs: &Needs| -> Option<&str> {
+        let best = choose(candidates, needs, memory);
+        best.filter(|best| best.rank(needs, memory).meets_all()).map(|best| best.title.as_str())
     };
-    let (without, with) = ("the code were trusted", "the code were not trusted");
-    toggle(Needs { untrusted: !needs.untrusted, ..*needs }, if needs.untrusted { without } else { with });
-    let (without, with) = ("it needed no kernel of its own", "it needed a kernel of its own");
-    toggle(Needs { own_kernel: !needs.own_kernel, ..*needs }, if needs.own_kernel { without } else { with });
+    let before = outcome(needs);
+    let turned = |changed: Needs| {
+        let now = outcome(&changed);
+        let words = |title| format!("take {title}");
+        (now != before).then(|| now.map_or("nothing that was measured meets every need".into(), words))
+    };
+    let mut flips: Vec<String> = vec![];
+    let mut add = |condition: String, then: Option<String>| {
+        flips.extend(then.map(|then| format!("{condition}: {then}.")))
+    };
+
+    let condition = if needs.untrusted { "If the code were trusted" } else { "If the code were not trusted" };
+    add(condition.into(), turned(Needs { untrusted: !needs.untrusted, ..*needs }));
+    let condition = if needs.own_kernel {
+        "If it needed no kernel of its own"
+    } else {
+        "If it needed a kernel of its own"
+    };
+    add(condition.into(), turned(Needs { own_kernel: !needs.own_kernel, ..*needs }));
 
     // A budget turns it where a candidate begins or ceases to meet it: at the candidates' own figures.
-    let starts: Vec<f64> =
+    let mut starts: Vec<f64> =
         candidates.iter().filter_map(Candidate::start_limit).filter(|s| s.is_finite()).collect();
+    starts.sort_by(f64::total_cmp);
     let now = needs.start.unwrap_or(f64::INFINITY);
-    let mut below: Vec<f64> = starts.iter().copied().filter(|limit| *limit <= now).collect();
-    below.sort_by(|a, b| b.total_cmp(a));
-    let just_below = |limit: f64| Needs { start: Some(limit * (1.0 - 1e-9)), ..*needs };
-    if let Some((limit, now)) = below.iter().find_map(|limit| Some((*limit, other(&just_below(*limit))?))) {
-        flips.push(format!(
-            "With a start budget below {}: {}.",
-            format::figure(Unit::Seconds, limit),
-            now.title
-        ));
+    let with = |start: f64| turned(Needs { start: Some(start), ..*needs });
+    let seconds = |limit| format::figure(Unit::Seconds, limit);
+    let mut below = starts.iter().rev().filter(|limit| **limit <= now);
+    if let Some((limit, then)) = below.find_map(|limit| Some((*limit, with(limit * (1.0 - 1e-9))?))) {
+        add(format!("With a start budget below {}", seconds(limit)), Some(then));
     }
-    let mut above: Vec<f64> = starts.iter().copied().filter(|limit| *limit > now).collect();
-    above.sort_by(f64::total_cmp);
-    if let Some((limit, now)) =
-        above.iter().find_map(|limit| Some((*limit, other(&Needs { start: Some(*limit), ..*needs })?)))
-    {
-        flips.push(format!(
-            "With a start budget of {} or more: {}.",
-            format::figure(Unit::Seconds, limit),
-            now.title
-        ));
+    let mut above = starts.iter().filter(|limit| **limit > now);
+    if let Some((limit, then)) = above.find_map(|limit| Some((*limit, with(*limit)?))) {
+        add(format!("With a start budget of {} or more", seconds(limit)), Some(then));
     }
 
     let bytes = needs.memory.unwrap_or(memory) as f64;
     let of = format::figure(Unit::Bytes, bytes);
     let mut fits: Vec<u64> =
-        candidates.iter().filter_map(|candidate| candidate.capacity(bytes)).map(|fit| fit as u64).collect();
+        candidates.iter().filter_map(|one| one.capacity(bytes)).map(|fit| fit as u64).collect();
     fits.sort_unstable();
     let asked = needs.instances.unwrap_or(0);
-    let with = |instances: u64| other(&Needs { instances: Some(instances.max(1)), ..*needs });
-    let more =
-        fits.iter().filter(|fit| **fit >= asked).find_map(|fit| Some((*fit, with(fit.saturating_add(1))?)));
-    if let Some((fit, now)) = more {
-        flips.push(format!(
-            "With more than {} instances in {of}: {}.",
-            format::figure(Unit::Count, fit as f64),
-            now.title
-        ));
+    let with = |instances: u64| turned(Needs { instances: Some(instances.max(1)), ..*needs });
+    let count = |fit: u64| format::figure(Unit::Count, fit as f64);
+    let mut more = fits.iter().filter(|fit| **fit >= asked);
+    if let Some((fit, then)) = more.find_map(|fit| Some((*fit, with(fit.saturating_add(1))?))) {
+        add(format!("With more than {} in {of}", counted_instances(fit, &count(fit))), Some(then));
     }
-    let fewer = fits.iter().rev().filter(|fit| **fit < asked).find_map(|fit| Some((*fit, with(*fit)?)));
-    if let Some((fit, now)) = fewer {
-        flips.push(format!(
-            "With {} instances or fewer in {of}: {}.",
-            format::figure(Unit::Count, fit as f64),
-            now.title
-        ));
+    let mut fewer = fits.iter().rev().filter(|fit| **fit < asked && **fit > 0);
+    if let Some((fit, then)) = fewer.find_map(|fit| Some((*fit, with(*fit)?))) {
+        add(format!("With {} or fewer in {of}", counted_instances(fit, &count(fit))), Some(then));
     }
 
-    // Where memory decided between two that both do, the figure at which it would not have.
-    let (missed, unknown, ..) = chosen.rank(needs, memory);
+    // The figures of the others at which they would have been taken.
+    let rank = chosen.rank(needs, memory);
     for other in candidates.iter().filter(|other| other.executor != chosen.executor) {
-        let (missed_too, unknown_too, ..) = other.rank(needs, memory);
-        if let (true, Some(mine), Some(its)) =
-            ((missed, unknown) == (missed_too, unknown_too), chosen.memory, other.memory)
+        let its = other.rank(needs, memory);
+        let then = || Some(format!("take {}", other.title));
+        if rank.meets_all() && its.meets_all() && rank.bytes.is_finite() && its.bytes.is_finite() {
+            let [least, now] = [rank.bytes, its.bytes].map(|bytes| format::figure(Unit::Bytes, bytes));
+            add(format!("If {} took less than {least} for an instance, and not {now}", other.title), then());
+        }
+        let checks = other.checks(needs, memory);
+        let mut open = checks.iter().filter(|check| check.met != Met::Yes);
+        let only_start = open.next().is_some_and(|check| check.need == START) && open.next().is_none();
+        if let (true, Some(budget)) =
+            (only_start && (!rank.meets_all() || its.bytes < rank.bytes), needs.start)
         {
-            flips.push(format!(
-                "If {} took less than {} for an instance, and not {}: {}.",
-                other.title,
-                format::figure(Unit::Bytes, mine.quantiles.median),
-                format::figure(Unit::Bytes, its.quantiles.median),
-                other.title
-            ));
+            let now = if its.seconds.is_finite() {
+                format!(", and not {}", seconds(its.seconds))
+            } else {
+                String::new()
+            };
+            add(format!("If {} started within {}{now}", other.title, seconds(budget)), then());
         }
     }
     flips
+}
+
+fn counted_instances(count: u64, words: &str) -> String {
+    format!("{words} {}", if count == 1 { "instance" } else { "instances" })
 }
 
 /// The advice for people.
@@ -542,7 +574,7 @@ mod tests {
         assert_eq!(advice.executor.as_deref(), Some("rvmm-native"));
         assert!(advice.meets_all);
         assert!(
-            advice.flips.contains(&"If the code were not trusted: rvmm, microVM.".to_owned()),
+            advice.flips.contains(&"If the code were not trusted: take rvmm, microVM.".to_owned()),
             "{:?}",
             advice.flips
         );
@@ -553,7 +585,7 @@ mod tests {
         let advice = advise("untrusted");
         assert_eq!(advice.executor.as_deref(), Some("rvmm-microvm"));
         assert!(
-            advice.flips.iter().any(|flip| flip.starts_with("If the code were trusted: rvmm, native")),
+            advice.flips.iter().any(|flip| flip.starts_with("If the code were trusted: take rvmm, native")),
             "{:?}",
             advice.flips
         );
@@ -571,6 +603,15 @@ mod tests {
         };
         assert!(with(limit).meets_all);
         assert!(!with(limit * 0.5).meets_all);
+    }
+
+    #[test]
+    fn wall_is_not_traded_for_a_budget() {
+        let advice = advise("untrusted,start=100ms");
+        assert!(!advice.meets_all);
+        assert_eq!(advice.executor.as_deref(), Some("rvmm-microvm"));
+        let flips = |end: &str| advice.flips.iter().any(|flip| flip.ends_with(end));
+        assert!(flips("or more: take rvmm, microVM."), "{:?}", advice.flips);
     }
 
     #[test]

@@ -179,9 +179,14 @@ fn ruling(summary: &Summary, dimension: &Dimension, a: &str, b: &str) -> Option<
         Better::Higher => y.quantiles.median.total_cmp(&x.quantiles.median),
         _ => x.quantiles.median.total_cmp(&y.quantiles.median),
     });
-    // What isolates nothing is no choice.
+    // What isolates nothing is no choice, and what may be no better than the two is no news.
     let best = of_metric.iter().find(|series| summary.isolation(&series.executor) != Some(Isolation::None));
-    let best = best.filter(|best| best.executor != a && best.executor != b);
+    let best = best.filter(|best| {
+        let beats = |side: &str| {
+            summary.comparison(probe, metric, side, &best.executor).and_then(|found| found.b_is_better())
+        };
+        [a, b].iter().all(|side| beats(side) == Some(true))
+    });
     Some(Ruling {
         title: (*title).into(),
         probe: (*probe).into(),
@@ -215,11 +220,12 @@ fn sentence(sides: &[Side; 2], outcome: Outcome, does: &str, confidence: f64) ->
     match outcome {
         Outcome::Won { by, factor, interval } => {
             let winner = sides.get(by).map_or("", |side| side.title.as_str());
-            let by_how_much =
-                factor.map_or(String::new(), |factor| format!(", by {}", format::times(factor)));
+            let percent = format::percent(confidence);
             let how_sure = interval.map_or(String::new(), |interval| {
-                format!(" (factor {}, {} interval)", format::factors(interval), format::percent(confidence))
+                format!(" ({percent} interval {})", format::factors(interval))
             });
+            let by_how_much =
+                factor.map_or(String::new(), |factor| format!(", by a factor of {}", format::factor(factor)));
             format!("{winner} {does}{by_how_much}{how_sure}.")
         }
         Outcome::NoDifference => "No difference found.".into(),

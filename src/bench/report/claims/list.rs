@@ -13,7 +13,9 @@ const GIB: f64 = 1024.0 * MIB;
 const STOPPED: &[&str] =
     &["stopped", "refused", "its own", "reaches its own", "limited", "itself", "no ", "none"];
 /// Words that a fact begins with where it did.
-const REACHED: &[&str] = &["reaches the host", "reached the host", "the host", "done", "succeeded"];
+const REACHED: &[&str] = &["reaches the host", "reached the host", "the host", "not stopped", "done"];
+/// Words that a fact begins with where it ends with the instance.
+const OWN: &[&str] = &["itself", "its own"];
 const YES: &[&str] = &["yes", "kept", "all", "shared"];
 const NO: &[&str] = &["no", "lost", "none", "not"];
 
@@ -72,6 +74,8 @@ pub(super) const CLAIMS: [Info; 25] = [
             Better("isolation", "syscalls_allowed", Microvm, Container),
             Within("isolation", "syscalls_allowed", Container, 1.0, f64::INFINITY),
             Within("isolation", "syscalls_allowed", AnyVm, 0.0, 0.5),
+            // What is complete leaves nothing: neither to the work nor to its monitor.
+            Within("isolation", "monitor_syscalls", AnyVm, 0.0, 0.5),
             Better("isolation", "symbols", Microvm, Container),
             Fact("isolation", "escape_mount", AnyVm, STOPPED, REACHED),
             Fact("isolation", "escape_ptrace", AnyVm, STOPPED, REACHED),
@@ -86,8 +90,8 @@ pub(super) const CLAIMS: [Info; 25] = [
         claim: "A kernel exploit in a container reaches the host; in a VM the damage stays inside",
         definition: None,
         tests: &[
-            Fact("isolation", "crash", Container, &["the host"], &["itself"]),
-            Fact("isolation", "crash", AnyVm, &["itself"], &["the host"]),
+            Fact("isolation", "crash", Container, &["the host"], OWN),
+            Fact("isolation", "crash", AnyVm, OWN, &["the host"]),
             Fact("isolation", "escape_memory", AnyVm, STOPPED, REACHED),
             Fact("isolation", "escape_processes", AnyVm, STOPPED, REACHED),
         ],
@@ -290,9 +294,8 @@ pub(super) const CLAIMS: [Info; 25] = [
         tests: &[
             Better("size", "image", Container, FullVm),
             Better("isolation", "processes", Container, FullVm),
-            Better("effort", "change", Container, Microvm),
-            Better("effort", "change", Container, FullVm),
             NoProbe("packages and programs in the running instance"),
+            NoProbe("time from a changed file to the running new version"),
         ],
     },
     Info {
@@ -304,8 +307,7 @@ pub(super) const CLAIMS: [Info; 25] = [
         claim: "VMs can be moved to another host as they are; containers are destroyed and re-created",
         definition: None,
         tests: &[
-            Fact("persistence", "memory_stop", Container, NO, YES),
-            Fact("persistence", "memory_stop", Restored, YES, NO),
+            NoProbe("what was in memory, over stop and start"),
             Figure("start", "first_output", Restored),
             Figure("start", "stop", Container),
             Figure("start", "first_output", Container),

@@ -111,3 +111,30 @@ fn warnings_of_the_host_stand_at_the_claims_that_they_touch() {
     assert_eq!(judged(&results, 2).warnings, ["governor"]);
     assert!(judged(&results, 1).warnings.is_empty());
 }
+
+#[test]
+fn document_has_every_claim_and_what_it_is_measured_by() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/claims.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    for (index, info) in list::CLAIMS.iter().enumerate() {
+        let number = index + 1;
+        let start = format!("| {number} | {}", info.claim);
+        let row =
+            text.lines().find(|line| line.starts_with(&start)).unwrap_or_else(|| panic!("claim {number}"));
+        assert_eq!(row.contains("a matter of definition"), info.definition.is_some(), "claim {number}");
+        for test in info.tests {
+            let named = match test {
+                Test::Better(p, m, ..) | Test::Same(p, m, ..) | Test::Within(p, m, ..) => {
+                    format!("`{p}.{m}`")
+                }
+                Test::Fact(p, m, ..) | Test::Figure(p, m, ..) | Test::PerMinute(p, m, ..) => {
+                    format!("`{p}.{m}`")
+                }
+                Test::Beyond(p, (m, _), _) => format!("`{p}.{m}`"),
+                Test::Ran(side, _) => format!("the same image runs in {}", side.words()),
+                Test::NoProbe(what) => (*what).to_owned(),
+            };
+            assert!(row.contains(&named), "claim {number} has no {named}");
+        }
+    }
+}

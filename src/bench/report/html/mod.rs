@@ -31,7 +31,7 @@ pub fn html(summary: &Summary, results: &Results) -> String {
     let claims = claims::claims(summary);
     let title = format!("{}: container or virtual machine", format::clean(&summary.plan.image));
     let policy = format!(
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'",
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'",
         BASE64_STANDARD.encode(Sha256::digest(SCRIPT))
     );
     let page = html! {
