@@ -12,10 +12,10 @@ use anyhow::{Context, bail};
 use super::engine_program;
 use crate::bench::compare::{self, Request};
 use crate::bench::interrupt::Interrupt;
-use crate::bench::{Results, diff, host, summarise};
+use crate::bench::{Results, host};
 use crate::container::roots::Roots;
 use crate::program;
-use reports::Format;
+use reports::DiffFormat;
 
 /// Interrupted, but with what there was until then.
 const EXIT_PARTIAL: u8 = 130;
@@ -97,7 +97,7 @@ enum CompareCommand {
         second: PathBuf,
         /// How to print
         #[arg(long, value_name = "FORMAT", default_value = "table")]
-        format: Format,
+        format: DiffFormat,
     },
 }
 
@@ -121,12 +121,12 @@ pub fn run(arguments: &CompareArguments) -> anyhow::Result<ExitCode> {
     match &arguments.command {
         None => measure(&arguments.measure),
         Some(CompareCommand::Report { directory, report }) => {
-            reports::print(&summarise(&Results::open(directory)?), report)?;
+            reports::print(&Results::open(directory)?, report)?;
             Ok(ExitCode::SUCCESS)
         }
         Some(CompareCommand::Diff { first, second, format }) => {
             let (first, second) = (Results::open(first)?, Results::open(second)?);
-            reports::print_diff(&diff(&first, &second), &first, &second, *format)?;
+            reports::print_diff(&first, &second, *format)?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -142,7 +142,7 @@ fn measure(arguments: &MeasureArguments) -> anyhow::Result<ExitCode> {
     let results = compare::run(&request, &interrupt, &mut |progress| bar.show(progress));
     bar.clear();
     let results = results?;
-    reports::print(&summarise(&results), &arguments.report)?;
+    reports::print(&results, &arguments.report)?;
     eprintln!("results: {}", request.out.display());
     Ok(match results.complete() {
         true => ExitCode::SUCCESS,

@@ -1,16 +1,33 @@
 //! Which report goes where.
 
-use std::io::Write;
+use std::fs;
+use std::io::{IsTerminal, Write, stdout};
+use std::path::PathBuf;
 
-use crate::bench::results::{Results, Unit};
-use crate::bench::{Comparison, Summary, Verdict};
+use anyhow::Context;
 
-/// How to print.
+use crate::bench::report::{self, Needs};
+use crate::bench::{Results, diff, summarise};
+
+/// How to print a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
     /// For people
     Table,
     /// Everything, for programs
+    Json,
+    /// A line for each figure
+    Csv,
+    /// For READMEs and issues
+    Markdown,
+}
+
+/// How to print two runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum DiffFormat {
+    /// For people
+    Table,
+    /// All comparisons, for programs
     Json,
 }
 
@@ -20,90 +37,53 @@ pub struct ReportArguments {
     /// How to print
     #[arg(long, value_name = "FORMAT", default_value = "table")]
     format: Format,
+    /// Also write a page with charts
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Also recommend, for needs such as untrusted,kernel,start=200ms,instances=50,memory=8G
+    #[arg(long, value_name = "NEEDS", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    advise: Option<Needs>,
 }
 
-/// Prints a run.
-pub fn print(summary: &Summary, arguments: &ReportArguments) -> anyhow::Result<()> {
-    let text = match arguments.format {
-        Format::Json => serde_json::to_string_pretty(summary)? + "\n",
-        Format::Table => lines(summary),
+/// Prints a run, and writes its page if asked to.
+pub fn print(results: &Results, arguments: &ReportArguments) -> anyhow::Result<()> {
+    let summary = summarise(results);
+    let colour = stdout().is_terminal();
+    let mut text = match arguments.format {
+        Format::Table => report::table(&summary, colour),
+        Format::Json => report::json(&summary),
+        Format::Csv => report::csv(&summary),
+        Format::Markdown => report::markdown(&summary),
     };
-    write(&text)
+    if let Some(needs) = &arguments.advise {
+        let advice = report::advice(&summary, needs);
+        match arguments.format {
+            Format::Table => text += &format!("\n{}", report::advice_text(&advice, colour)),
+            // What programs read stays what they expect.
+            _ => eprint!("{}", report::advice_text(&advice, false)),
+        }
+    }
+    write(&text)?;
+    if let Some(path) = &arguments.html {
+        fs::write(path, report::html(&summary, results)).with_context(|| format!("cannot write {path:?}"))?;
+    }
+    Ok(())
 }
 
 /// Prints what differs between two runs.
-pub fn print_diff(found: &[Comparison], _: &Results, _: &Results, format: Format) -> anyhow::Result<()> {
+pub fn print_diff(first: &Results, second: &Results, format: DiffFormat) -> anyhow::Result<()> {
+    let found = diff(first, second);
     let text = match format {
-        Format::Json => serde_json::to_string_pretty(found)? + "\n",
-        Format::Table => {
-            let line = |found: &Comparison| {
-                let interval =
-                    found.interval.map_or(String::new(), |i| format!(" [{:.3}, {:.3}]", i.low, i.high));
-                let ratio = found.ratio.map_or("-".into(), |ratio| format!("{ratio:.3}"));
-                let verdict = match found.verdict {
-                    Verdict::Lower => "lower",
-                    Verdict::Higher => "higher",
-                    Verdict::NoDifference => "no difference found",
-                    Verdict::TooFew => "too few samples",
-                };
-                format!("{} {} {}: {ratio}{interval} {verdict}\n", found.probe, found.metric, found.a)
-            };
-            found.iter().map(line).collect()
+        DiffFormat::Json => serde_json::to_string_pretty(&found)? + "\n",
+        DiffFormat::Table => {
+            report::diff(&summarise(first), &summarise(second), &found, stdout().is_terminal())
         }
     };
     write(&text)
 }
 
-/// One line for each figure and fact.
-fn lines(summary: &Summary) -> String {
-    let mut text = String::new();
-    for warning in &summary.host.warnings {
-        text += &format!("warning: {}\n", warning.text);
-    }
-    for info in summary.host.executors.iter() {
-        if let Some(why) = &info.left_out {
-            text += &format!("left out: {}: {why}\n", info.title);
-        }
-    }
-    for series in &summary.series {
-        let interval = series.interval.map_or(String::new(), |interval| {
-            format!("  [{}, {}]", figure(interval.low, series.unit), figure(interval.high, series.unit))
-        });
-        let value = match series.values.is_empty() {
-            true => format!("none: {}", series.failures.join("; ")),
-            false => format!(
-                "{}{interval}  n={}",
-                figure(series.quantiles.median, series.unit),
-                series.values.len()
-            ),
-        };
-        text += &format!("{:<12} {:<20} {:<14} {value}\n", series.probe, series.metric, series.executor);
-    }
-    for fact in &summary.facts {
-        let value = if fact.values.is_empty() { fact.failures.join("; ") } else { fact.values.join("; ") };
-        text += &format!("{:<12} {:<20} {:<14} {value}\n", fact.probe, fact.metric, fact.executor);
-    }
-    text
-}
-
-fn figure(value: f64, unit: Unit) -> String {
-    match unit {
-        Unit::Seconds => match value.abs() {
-            v if v < 1e-6 => format!("{:.1} ns", value * 1e9),
-            v if v < 1e-3 => format!("{:.2} us", value * 1e6),
-            v if v < 1.0 => format!("{:.2} ms", value * 1e3),
-            _ => format!("{value:.2} s"),
-        },
-        Unit::Bytes => format!("{:.2} MiB", value / 1_048_576.0),
-        Unit::BytesPerSecond => format!("{:.1} MB/s", value / 1e6),
-        Unit::PerSecond => format!("{value:.0}/s"),
-        Unit::Share => format!("{:.2} %", value * 100.0),
-        Unit::Count | Unit::Text => format!("{value}"),
-    }
-}
-
 fn write(text: &str) -> anyhow::Result<()> {
-    match std::io::stdout().lock().write_all(text.as_bytes()) {
+    match stdout().lock().write_all(text.as_bytes()) {
         // A reader that has seen enough.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         result => Ok(result?),

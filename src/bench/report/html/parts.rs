@@ -147,6 +147,18 @@ pub fn figure_cells(series: &Series) -> [Cell; 2] {
     ]
 }
 
+/// Rows of a table beside a chart at most; of more, the table is folded.
+const UNFOLDED_ROWS: usize = 24;
+
+/// A table that is folded where it is long.
+fn folded(rows: usize, table: Markup) -> Markup {
+    html! {
+        @if rows > UNFOLDED_ROWS {
+            details { summary { "Table of " (rows) " figures" } (table) }
+        } @else { (table) }
+    }
+}
+
 /// A chart with its table beside it.
 fn chart(title: &str, text: Markup, plot: &Plot, table: Markup) -> Markup {
     let Some(drawn) = plot::draw(plot) else { return html! {} };
@@ -179,7 +191,7 @@ fn start(summary: &Summary) -> Markup {
         @for (metric, title) in [("first_output", "Start"), ("first_http", "First HTTP answer"), ("stop", "Stop")] {
             (chart(title, html! {
                 p {
-                    (verdict::metric_title(summary, "start", metric)) ". Each dot is a sample, the upright line the median, the "
+                    (format::capitalised(&verdict::metric_title(summary, "start", metric))) ". Each dot is a sample, the upright line the median, the "
                     "bar through it its interval, and rings are outliers. The axis is logarithmic."
                 }
                 (isolation_legend(summary))
@@ -341,6 +353,7 @@ fn costs(summary: &Summary) -> Markup {
         Column::number("Median"),
         Column::number("Beside the first"),
     ];
+    let count = operations.iter().map(Vec::len).sum();
     let rows = operations.iter().flat_map(|of_metric| {
         let first = of_metric.first().map_or(0.0, |first| first.quantiles.median);
         of_metric.iter().map(move |series| {
@@ -366,7 +379,7 @@ fn costs(summary: &Summary) -> Markup {
             (isolation_legend(summary))
         },
         &charts::costs(summary),
-        sortable("Cost of an operation", &columns, rows.take(MAX_ROWS).collect()),
+        folded(count, sortable("Cost of an operation", &columns, rows.take(MAX_ROWS).collect())),
     )
 }
 
