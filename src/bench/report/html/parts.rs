@@ -130,10 +130,7 @@ pub fn marked(warnings: &[String]) -> String {
 pub fn figure_cells(series: &Series) -> [Cell; 2] {
     let median = series.quantiles.median;
     if series.values.is_empty() {
-        return [
-            Cell::text("–".into()).of("number").with_small(reasons(&series.failures)),
-            Cell::number("0".into(), 0.0),
-        ];
+        return [Cell::text("–".into()).with_small(reasons(&series.failures)), Cell::number("0".into(), 0.0)];
     }
     let interval =
         series.interval.map_or(String::new(), |interval| format::interval(series.unit, median, interval));
