@@ -11,6 +11,7 @@ mod boot;
 mod cli;
 mod console;
 mod container;
+mod firecracker;
 mod fs;
 mod image;
 mod linux;
