@@ -28,8 +28,9 @@ use super::{host, results::Host};
 /// The hidden subcommand that clears up after a run that was killed.
 pub const GUARD: &str = "compare-guard";
 
-/// What a quick run may take for measuring; making ready and clearing away come on top.
-const QUICK_BUDGET: Duration = Duration::from_secs(210);
+/// When a quick run stops measuring, counted from its beginning: a measurement that has begun is ended, and clearing away
+/// takes a while.
+const QUICK_BUDGET: Duration = Duration::from_secs(255);
 
 /// An executor whose first start took longer than this needs no further warm-up.
 const SLOW_START: Duration = Duration::from_secs(2);
@@ -194,7 +195,9 @@ fn prepare_and_measure(
         writer: Writer::new(&request.out).map_err(Error::Run)?,
         directory: request.out.clone(),
         started,
-        budget: (request.quick && request.runs.is_none()).then_some(QUICK_BUDGET),
+        budget: (request.quick && request.runs.is_none())
+            .then(|| QUICK_BUDGET.saturating_sub(started.elapsed())),
+        measuring: Instant::now(),
         order: 0,
     };
     let result = session.measure(&mut probes, executors, observe);
@@ -220,7 +223,7 @@ fn probes(request: &Request) -> Result<Vec<Box<dyn Probe>>, Error> {
         return Ok(probe::all().into_iter().filter(|probe| probe.is_quick() || !request.quick).collect());
     }
     let wanted = |name: &&str| request.probes.iter().any(|wanted| wanted == name);
-    let chosen = probe::all().into_iter().filter(|probe| probe.names().iter().any(|name| wanted(name)));
+    let chosen = probe::all().into_iter().filter(|probe| probe.names().iter().any(&wanted));
     // The groups of one helper's run are probes of their own, and only those asked for are run.
     let narrowed = chosen.map(|probe| match probe.names().len() {
         1 => probe,
@@ -354,7 +357,7 @@ fn plan(
             name: info.name.into(),
             title: info.title.into(),
             runs: if exact { 1 } else { runs },
-            warmups: u32::from(!exact && !(slow && request.quick)),
+            warmups: u32::from(!(exact || slow && request.quick)),
             left_out: None,
         });
         metrics.extend(catalogue::metrics(info));
@@ -451,17 +454,26 @@ fn clear(run: &str, work: &Path, rvmm: &Path) {
     let directory = work.join(run);
     let spawner = Spawner { run: format!("{run}-clear"), interrupt: Interrupt::never() };
     let hybrid = Path::new("/sys/fs/cgroup/unified/cgroup.procs").exists();
+    let mut engines = vec![];
     for kind in [EngineKind::RvmmNative, EngineKind::Docker, EngineKind::Podman] {
         let mut engine = Engine::new(kind, rvmm, hybrid);
         if engine.version(&spawner).is_ok() {
             engine.assume_image(&image::name_of(run));
-            engine.cleanup(&spawner, run);
+            engines.push(engine);
         }
     }
-    for name in ["crun", "runc", "youki"] {
-        Oci::new(name, &directory, hybrid).cleanup(&spawner, run);
-    }
+    // First in the engines' own way; then whatever was under way; and what that has left.
+    let remove = || {
+        for engine in &engines {
+            engine.cleanup(&spawner, run);
+        }
+        for name in ["crun", "runc", "youki"] {
+            Oci::new(name, &directory, hybrid).cleanup(&spawner, run);
+        }
+    };
+    remove();
     kill_processes(run);
+    remove();
     let _ = fs::remove_dir_all(&directory);
 }
 

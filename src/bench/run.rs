@@ -180,6 +180,8 @@ pub struct Session<'a> {
     pub started: Instant,
     /// How long all measuring may take; `None`: as long as it takes.
     pub budget: Option<Duration>,
+    /// When measuring began.
+    pub measuring: Instant,
     /// Counts measurements.
     pub order: u32,
 }
@@ -192,7 +194,8 @@ impl Session<'_> {
         executors: &[Box<dyn Executor>],
         observe: &mut dyn FnMut(&Progress),
     ) -> Result<(), Error> {
-        let begun = Instant::now();
+        self.measuring = Instant::now();
+        let begun = self.measuring;
         let weights: Vec<f64> = probes.iter().map(|probe| probe.weight()).collect();
         let all: f64 = weights.iter().sum();
         let mut random = Xoshiro256PlusPlus::seed_from_u64(self.plan.seed);
@@ -242,6 +245,18 @@ impl Session<'_> {
                 if cell.given_up || cell.taken >= cell.target + warmups || late {
                     continue;
                 }
+                if self.budget.is_some_and(|budget| self.measuring.elapsed() > budget) {
+                    if cell.taken == 0 {
+                        self.write_failures(
+                            &names,
+                            &*executors[index],
+                            round,
+                            "no time was left in a quick run",
+                        )?;
+                    }
+                    cells[index].given_up = true;
+                    continue;
+                }
                 rested = false;
                 let done: f64 =
                     cells.iter().map(|cell| f64::from(cell.taken) / f64::from(cell.target.max(1))).sum();
@@ -278,7 +293,6 @@ impl Session<'_> {
         let ticks = Ticks::now();
         let result = probe.sample(self.context, executor);
         let noise = Ticks::now().since(ticks);
-        let at = self.started.elapsed().as_secs_f64();
         let names = probe.names();
         for argv in self.context.commands.take() {
             self.writer.command(names.first().copied().unwrap_or_default(), executor.name(), argv)?;
@@ -288,11 +302,22 @@ impl Session<'_> {
             Err(error) if error.is_interruption() => return Err(Error::Interrupted),
             Err(error) => (self.failures(&names, &crate::error_chain(&error)), false),
         };
+        // A warm-up's figures are of no use; what fails in it may not be tried again.
+        let counts = |found: &(&'static str, Found)| !warm_up || matches!(found.1.value, Value::Failed(_));
+        self.write(executor, round, noise, found.into_iter().filter(counts).collect())?;
+        self.order += 1;
+        Ok(went_well)
+    }
+
+    fn write(
+        &mut self,
+        executor: &dyn Executor,
+        round: u32,
+        noise: Noise,
+        found: Vec<(&'static str, Found)>,
+    ) -> Result<(), Error> {
+        let at = self.started.elapsed().as_secs_f64();
         for (probe, found) in found {
-            // A warm-up's figures are of no use; what fails in it may not be tried again.
-            if warm_up && !matches!(found.value, Value::Failed(_)) {
-                continue;
-            }
             let metric = self.metric(probe, &found)?;
             self.writer.sample(&Sample {
                 probe: probe.into(),
@@ -312,8 +337,19 @@ impl Session<'_> {
                 noise,
             })?;
         }
-        self.order += 1;
-        Ok(went_well)
+        Ok(())
+    }
+
+    /// Says of each metric of a probe why there is none.
+    fn write_failures(
+        &mut self,
+        names: &[&'static str],
+        executor: &dyn Executor,
+        round: u32,
+        why: &str,
+    ) -> Result<(), Error> {
+        let failures = self.failures(names, why);
+        self.write(executor, round, Noise::default(), failures)
     }
 
     /// What is said of each metric of a probe that could not be taken.

@@ -284,6 +284,19 @@ impl Executor for Engine {
         }
     }
 
+    fn instance_bytes(&self, spawner: &Spawner, instance: &Instance) -> Option<u64> {
+        if self.is_rvmm() {
+            let facts = self.inspect(spawner, &instance.job.name).ok()?;
+            let id = facts.get("Id").and_then(Value::as_str)?;
+            let data = std::env::var_os("RVMM_ROOT").map_or_else(|| "/var/lib/rvmm".into(), PathBuf::from);
+            return crate::bench::probe::size::allocated(&data.join("containers").join(id));
+        }
+        let sized = self.command(["container", "inspect", "--size", &instance.job.name]);
+        let said = spawner.output(&sized, PATIENCE).ok()?;
+        let facts: Value = serde_json::from_str(&said[said.find('[')?..]).ok()?;
+        facts.pointer("/0/SizeRw").and_then(Value::as_u64)
+    }
+
     fn address(&self, spawner: &Spawner, instance: &Instance) -> Result<String, Error> {
         let facts = self.inspect(spawner, &instance.job.name)?;
         let direct = facts.pointer("/NetworkSettings/IPAddress").and_then(Value::as_str).map(String::from);

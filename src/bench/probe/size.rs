@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::{Context, Error, Found, Probe};
 use crate::bench::executor::Executor;
-use crate::bench::results::Isolation;
+use crate::bench::results::{Isolation, Value};
 
 /// Bytes on disk.
 pub struct Size;
@@ -32,6 +32,7 @@ impl Probe for Size {
         };
         let kernel = match executor.isolation() {
             Isolation::None | Isolation::Container => Some(0),
+            Isolation::Microvm if executor.name() == "rvmm-microvm" => rvmm_kernel(context),
             Isolation::Microvm | Isolation::FullVm => executor.kernel_bytes(),
         };
         found.push(bytes("kernel", kernel, "its kernel is not known"));
@@ -40,11 +41,9 @@ impl Probe for Size {
             found.push(bytes("image", allocated(&disk), "there is no disk"));
             found
                 .push(Found::text("format", "a raw disk with a whole Debian, made by scripts/build-full-vm"));
-            found.push(Found::text("shared", "no: each has a disk"));
         } else if executor.name() == "qemu-microvm" {
             found.push(Found::failed("image", "it starts from an initrd of its own"));
             found.push(Found::text("format", "an initrd, made for it"));
-            found.push(Found::text("shared", "no: each has the initrd in its memory"));
         } else {
             found.push(bytes("image", context.source.bytes.0, "rvmm does not say the image's size"));
             found.push(bytes("unpacked", context.source.bytes.1, "rvmm does not say the image's size"));
@@ -57,9 +56,25 @@ impl Probe for Size {
             Err(error) => Err(error),
         };
         executor.remove(&context.spawner, instance)?;
-        found.push(bytes("instance", measured?, "it does not say what an instance takes"));
+        let instance = measured?;
+        // Shared is what an instance does not have again.
+        let whole = found.iter().find(|found| found.metric == "image");
+        if let (Some(own), Some(Found { value: Value::Number(whole), .. })) = (instance, whole) {
+            let shared = if (own as f64) < whole / 2.0 { "yes" } else { "no" };
+            let text =
+                format!("{shared}: an instance adds {} KiB to {} KiB", own >> 10, (*whole as u64) >> 10);
+            found.push(Found::text("shared", text));
+        }
+        found.push(bytes("instance", instance, "it does not say what an instance takes"));
         Ok(found.into_iter().map(|found| ("size", found)).collect())
     }
+}
+
+/// Bytes of the kernel and the agent that rvmm boots.
+fn rvmm_kernel(context: &Context) -> Option<u64> {
+    let kernel = if Path::new("/sys/module/kvm_pvm").exists() { "vmlinux-pvm" } else { "vmlinux" };
+    let bytes = |name: &str| fs::metadata(context.guest.join(name)).ok().map(|metadata| metadata.len());
+    Some(bytes(kernel)? + bytes("agent.cpio")?)
 }
 
 /// Bytes that a file, or a directory and all in it, takes on disk. What has several names counts once.

@@ -83,7 +83,18 @@ fn context(directory: &Path) -> Context {
 }
 
 /// Runs a probe with mocks of these names, and reads the folder.
-fn run(mut probe: Drawn, names: &[&str], runs: u32, seed: u64) -> (Results, Vec<String>, Result<(), Error>) {
+fn run(probe: Drawn, names: &[&str], runs: u32, seed: u64) -> (Results, Vec<String>, Result<(), Error>) {
+    run_within(probe, names, runs, seed, None)
+}
+
+/// The same with a limit of time.
+fn run_within(
+    mut probe: Drawn,
+    names: &[&str],
+    runs: u32,
+    seed: u64,
+    budget: Option<Duration>,
+) -> (Results, Vec<String>, Result<(), Error>) {
     let directory = tempfile::tempdir().unwrap();
     let mut context = context(directory.path());
     if let Some((_, interrupt)) = &probe.interrupt_after {
@@ -104,7 +115,8 @@ fn run(mut probe: Drawn, names: &[&str], runs: u32, seed: u64) -> (Results, Vec<
         writer: Writer::new(directory.path()).unwrap(),
         directory: directory.path().into(),
         started: Instant::now(),
-        budget: None,
+        budget,
+        measuring: Instant::now(),
         order: 0,
     };
     let order;
@@ -193,6 +205,17 @@ fn equals_differ_as_seldom_as_the_confidence_says() {
         .count();
     let allowed = testing::allowed_misses(tries, error, 0.001);
     assert!(wrong <= allowed as usize, "{wrong} wrong of {tries}, allowed are {allowed}");
+}
+
+#[test]
+fn run_without_time_says_so_instead_of_measuring() {
+    let (results, order, result) =
+        run_within(Drawn::new(&[("a", 1.0, 0.1)], 1), &["a"], 8, 1, Some(Duration::ZERO));
+    result.unwrap();
+    assert!(order.is_empty());
+    let summary = summarise(&results);
+    let series = summary.series("start", "first_output", "a").unwrap();
+    assert_eq!(series.failures, ["no time was left in a quick run"]);
 }
 
 #[test]
