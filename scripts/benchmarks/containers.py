@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,8 @@ import host
 import stats
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+# for one command
+LIMIT_SECONDS = 60
 
 
 def arguments():
@@ -93,16 +96,34 @@ def image(directory):
     return path
 
 
+def finished(command, input=None, env=None):
+    """Status, output and complaints of a command. Files take them, since a runtime may leave a process behind that holds on
+    to pipes."""
+    with tempfile.TemporaryFile("w+") as told, tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as bad:
+        told.write(input or "")
+        told.seek(0)
+        child = subprocess.Popen(command, stdin=told, stdout=said, stderr=bad, env=env, start_new_session=True)
+        try:
+            status = child.wait(timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            raise
+        said.seek(0)
+        bad.seek(0)
+        return status, said.read(), bad.read().strip()
+
+
 def tried(command, **more):
     """Whether a command succeeds; why not, if not, on standard error."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **more)
-    except OSError as error:
+        status, _, complaints = finished(command, **more)
+    except (OSError, subprocess.TimeoutExpired) as error:
         print(f"skipped: {error}", file=sys.stderr)
         return False
-    if done.returncode:
-        print(f"skipped: {' '.join(command)}: {done.stderr.strip()}", file=sys.stderr)
-    return not done.returncode
+    if status:
+        print(f"skipped: {' '.join(command)}: {complaints}", file=sys.stderr)
+    return not status
 
 
 def engines(directory, rvmm):
@@ -146,11 +167,11 @@ def timed(command, **more):
     """Milliseconds by the clock and of processors, and the output."""
     before_ms = cpu_ms()
     begin = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False, **more)
+    status, output, complaints = finished(command, **more)
     took_ms = (time.perf_counter() - begin) * 1000
-    if done.returncode:
-        fail(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
-    return took_ms, cpu_ms() - before_ms, done.stdout
+    if status:
+        fail(f"{' '.join(command)}: {complaints or output}")
+    return took_ms, cpu_ms() - before_ms, output
 
 
 def main():
@@ -212,8 +233,13 @@ def measure(options, driver, rvmm, directory, found):
     processors = {name: [] for name in kinds}
     steps = {}
     for number in range(options.runs + 1):
-        for name, run in kinds.items():
-            took_ms, used_ms, output = run(number)
+        for name, run in list(kinds.items()):
+            try:
+                took_ms, used_ms, output = run(number)
+            except subprocess.TimeoutExpired:
+                print(f"left out: {name}: a run did not end within {LIMIT_SECONDS} s", file=sys.stderr)
+                del kinds[name], times[name], processors[name]
+                continue
             if number == 0:
                 # The first of each kind reads its files from the disk.
                 continue
