@@ -7,6 +7,7 @@
 //! [`Command`]: crate::vm::control::Command
 
 mod bodies;
+pub mod client;
 mod http;
 mod routes;
 

@@ -7,7 +7,8 @@ use serde::de::DeserializeOwned;
 
 use super::bodies::{
     self, Action, ActionType, Balloon, BalloonStatsUpdate, BalloonUpdate, FullVmConfiguration, InstanceInfo,
-    MachineConfiguration, PartialDrive, PartialNetworkInterface, Version, Vm, VmState,
+    MachineConfiguration, PartialDrive, PartialNetworkInterface, SnapshotCreate, SnapshotLoad, Version, Vm,
+    VmState,
 };
 use crate::vm::config::Size;
 use crate::vm::control::{self, Command, Reply};
@@ -77,6 +78,10 @@ impl From<control::Error> for Fault {
         let status = match error {
             control::Error::Ended | control::Error::Busy => SERVICE_UNAVAILABLE,
             control::Error::Pause(_) => INTERNAL_SERVER_ERROR,
+            control::Error::Save(_)
+            | control::Error::NotStarted
+            | control::Error::Started
+            | control::Error::Load(_) => BAD_REQUEST,
             control::Error::NoBalloon
             | control::Error::NoStatistics
             | control::Error::BalloonTooLarge { .. }
@@ -157,6 +162,13 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Route, Fault> {
         ("PATCH", ["drives", id]) => patch_drive(id, parse(body)?)?,
         ("PATCH", ["network-interfaces", id]) => patch_network_interface(id, parse(body)?)?,
         ("PUT", ["actions"]) => put_action(parse::<Action>(body)?.action_type)?,
+        ("PUT", ["snapshot", "create"]) => {
+            done(Command::Save(parse::<SnapshotCreate>(body)?.place().map_err(Fault::bad_request)?))
+        }
+        ("PUT", ["snapshot", "load"]) => {
+            let load = parse::<SnapshotLoad>(body)?.load().map_err(Fault::bad_request)?;
+            done(Command::Load(Box::new(load)))
+        }
         ("PUT", [first, ..]) if BEFORE_START.contains(first) => return Err(after_start()),
         ("PATCH", ["machine-config"]) => return Err(after_start()),
         _ => return Err(unknown()),
@@ -238,6 +250,7 @@ mod tests {
     use super::*;
 
     use crate::vm::control::{Bucket, LimitsChange};
+    use crate::vm::snapshot::Place;
 
     fn fault(method: &str, path: &str, body: &str) -> String {
         match route(method, path, body.as_bytes()) {
@@ -290,6 +303,15 @@ mod tests {
                 transmit: LimitsChange::default(),
             }
         );
+        let place = |memory: Option<&str>| Place { state: "s".into(), memory: memory.map(Into::into) };
+        let body = r#"{"snapshot_type":"Full","snapshot_path":"s","mem_file_path":"m"}"#;
+        assert_eq!(command("PUT", "/snapshot/create", body), Command::Save(place(Some("m"))));
+        let body = r#"{"snapshot_path":"s","mem_backend":{"backend_type":"File","backend_path":"m"},
+            "resume_vm":true,"network_overrides":[{"iface_id":"e","host_dev_name":"t"}],
+            "vsock_override":{"uds_path":"v"}}"#;
+        let Command::Load(load) = command("PUT", "/snapshot/load", body) else { panic!("not a load") };
+        assert_eq!((load.place, load.resume), (place(Some("m")), true));
+        assert_eq!((load.overrides.nets[0].tap.as_str(), load.overrides.vsock), ("t", Some("v".into())));
         let flush = route("PUT", "/actions", br#"{"action_type":"FlushMetrics"}"#);
         assert_eq!(flush, Ok(Route::Answer(Answer::nothing())));
     }
@@ -319,6 +341,16 @@ mod tests {
             ("PATCH", "/network-interfaces/e", r#"{"iface_id":"e"}"#, "nothing to change"),
             ("PUT", "/actions", r#"{"action_type":"InstanceStart"}"#, "not supported after starting"),
             ("PUT", "/machine-config", r#"{"vcpu_count":2}"#, "not supported after starting"),
+            ("PUT", "/snapshot/create", "{}", "missing field `snapshot_path`"),
+            ("PUT", "/snapshot/create", r#"{"snapshot_type":"Diff","snapshot_path":"s"}"#, "differential"),
+            ("PUT", "/snapshot/create", r#"{"snapshot_path":"s","x":1}"#, "unknown field `x`"),
+            ("PUT", "/snapshot/load", r#"{"snapshot_path":"s","track_dirty_pages":true}"#, "differential"),
+            (
+                "PUT",
+                "/snapshot/load",
+                r#"{"snapshot_path":"s","mem_backend":{"backend_type":"Uffd","backend_path":"m"}}"#,
+                "Uffd",
+            ),
             ("PUT", "/drives/x", "nonsense", "not supported after starting"),
         ] {
             let message = fault(method, path, body);

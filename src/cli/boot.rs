@@ -43,9 +43,12 @@ enum Protocol {
     Pvh,
 }
 
+/// How a timeline is printed.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum TimelineFormat {
+pub enum TimelineFormat {
+    /// For people.
     Table,
+    /// For programs.
     Json,
 }
 
@@ -176,13 +179,22 @@ pub fn run(arguments: BootArguments, mut timeline: Timeline) -> anyhow::Result<E
     let vm = vm::build(&config, &mut timeline)?;
     let _api = socket.map(|socket| api::serve(socket, vm.control())).transpose()?;
     let ended = vm::run(vm, &mut timeline)?;
+    finish(&ended, &timeline, arguments.timeline)
+}
+
+/// Tells how a VM ended.
+pub(super) fn finish(
+    ended: &vm::Ended,
+    timeline: &Timeline,
+    format: Option<TimelineFormat>,
+) -> anyhow::Result<ExitCode> {
     if ended.end == vm::End::Quit {
         // The guest's cursor is anywhere in a line.
         eprintln!();
     }
-    match arguments.timeline {
+    match format {
         Some(TimelineFormat::Table) => eprint!("{}", timeline.table()),
-        Some(TimelineFormat::Json) => eprintln!("{}", serde_json::to_string(&timeline)?),
+        Some(TimelineFormat::Json) => eprintln!("{}", serde_json::to_string(timeline)?),
         None => {}
     }
     match &ended.end {

@@ -12,6 +12,8 @@ mod listing;
 mod logging;
 mod man;
 pub mod network;
+mod restore;
+mod snapshot;
 pub mod volume;
 
 use std::ffi::OsString;
@@ -50,6 +52,7 @@ struct Arguments<C: Subcommand> {
 enum MonitorCommand {
     #[command(name = crate::fileserver::SUBCOMMAND, hide = true)]
     FileServer(file_server::FileServerArguments),
+    Restore(Box<restore::RestoreArguments>),
     #[command(external_subcommand)]
     Engine(Vec<OsString>),
 }
@@ -67,6 +70,8 @@ enum Command {
     Completions(completions::CompletionsArguments),
     Doctor(doctor::DoctorArguments),
     Man(man::ManArguments),
+    Restore(Box<restore::RestoreArguments>),
+    Snapshot(snapshot::SnapshotArguments),
 }
 
 /// The whole command line as clap knows it, for completions and manual pages.
@@ -85,6 +90,7 @@ pub fn monitor(timeline: Timeline) -> ExitCode {
     let result = match arguments.command {
         None => boot::run(arguments.boot, timeline),
         Some(MonitorCommand::FileServer(arguments)) => file_server::run(&arguments),
+        Some(MonitorCommand::Restore(arguments)) => restore::run(&arguments, timeline),
         Some(MonitorCommand::Engine(command)) => engine_program::replace(command),
     };
     end(result, arguments.verbose)
@@ -93,7 +99,8 @@ pub fn monitor(timeline: Timeline) -> ExitCode {
 /// `rvmm-engine`: all subcommands. Errors are printed here.
 pub fn engine() -> ExitCode {
     let arguments = Arguments::<Command>::parse();
-    if arguments.command.is_some() {
+    // Restoring has its own level.
+    if arguments.command.as_ref().is_some_and(|command| !matches!(command, Command::Restore(_))) {
         logging::start(logging::LogLevel::Warn);
     }
     let result = match arguments.command {
@@ -107,6 +114,8 @@ pub fn engine() -> ExitCode {
         Some(Command::Completions(arguments)) => completions::run(&arguments),
         Some(Command::Doctor(arguments)) => doctor::run(&arguments),
         Some(Command::Man(arguments)) => man::run(&arguments),
+        Some(Command::Restore(arguments)) => restore::run(&arguments, Timeline::start()),
+        Some(Command::Snapshot(arguments)) => snapshot::run(&arguments),
     };
     end(result, arguments.verbose)
 }

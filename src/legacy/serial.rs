@@ -127,6 +127,25 @@ impl Serial {
         self.transmitter_empty(&mut state);
     }
 
+    /// Registers and buffers, for a snapshot.
+    pub fn save(&self) -> SerialState {
+        self.lock().clone()
+    }
+
+    /// Takes over what another UART was like, and interrupts for what its guest may not have heard of.
+    pub fn restore(&self, mut saved: SerialState) {
+        saved.received.truncate(RX_FIFO_BYTES);
+        // Whoever waited there does not wait here.
+        saved.feeder_waits = false;
+        let mut state = self.lock();
+        *state = saved;
+        if state.interrupt_enable & IER_RX != 0 && !state.received.is_empty() {
+            self.interrupt();
+        }
+        // The line is free, whatever that of the other one was.
+        self.transmitter_empty(&mut state);
+    }
+
     fn lock(&self) -> MutexGuard<'_, SerialState> {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -379,6 +398,25 @@ mod tests {
         serial.write(IER, &[2]);
         assert_eq!([get(&serial, DATA), get(&serial, IER)], [1, 2]);
         assert!(line.sent.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn restored_line_goes_on_and_interrupts_for_what_waits() {
+        let (_, first) = serial();
+        first.write(IER, &[IER_RX | IER_TX]);
+        first.write(SCR, &[0x77]);
+        assert_eq!(first.feed(b"ab"), 2);
+        assert_eq!(get(&first, DATA), b'a');
+        let bytes = postcard::to_allocvec(&first.save()).unwrap();
+        let (_, second) = serial();
+        second.restore(postcard::from_bytes(&bytes).unwrap());
+        assert!(second.irq.read().unwrap() >= 1);
+        assert_eq!([get(&second, SCR), get(&second, IIR_FCR), get(&second, DATA)], [0x77, IIR_RX, b'b']);
+        assert_eq!(get(&second, IIR_FCR), IIR_TX);
+        let mut long = first.save();
+        long.received.extend([0; 1000]);
+        second.restore(long);
+        assert_eq!(second.save().received.len(), RX_FIFO_BYTES);
     }
 
     #[test]

@@ -20,6 +20,7 @@ pub mod queue;
 pub mod rate;
 pub mod rng;
 pub mod spec;
+pub mod state;
 pub mod vsock;
 mod worker;
 

@@ -2,15 +2,20 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{Size, VmConfig};
 use super::devices::Handles;
 use super::pause;
+use super::snapshot::{CreateError, Overrides, Place};
 use crate::disk;
 use crate::virtio::balloon::{BalloonHandle, PAGE_BYTES, Statistics};
 use crate::virtio::mmio::Transport;
@@ -31,6 +36,18 @@ pub enum Error {
     /// Bringing the VM to rest failed.
     #[error("the VM cannot be paused")]
     Pause(#[source] pause::Error),
+    /// Saving the VM failed. It goes on as before.
+    #[error("the VM cannot be saved")]
+    Save(#[source] CreateError),
+    /// What was asked for needs a VM, and there is none yet.
+    #[error("there is no VM yet: it waits for a snapshot to load")]
+    NotStarted,
+    /// What was asked for is only possible before there is a VM.
+    #[error("The requested operation is not supported after starting the microVM.")]
+    Started,
+    /// A snapshot could not be made into a VM.
+    #[error("cannot load the snapshot: {0}")]
+    Load(String),
     /// The VM has no balloon.
     #[error("the VM has no balloon; --balloon gives it one")]
     NoBalloon,
@@ -72,6 +89,10 @@ pub enum Command {
     Resume,
     /// Press the power button and Ctrl-Alt-Del, of which a guest hears one.
     PressPower,
+    /// Save the VM, which rests meanwhile if it runs.
+    Save(Place),
+    /// Make a VM from a snapshot, where there is none yet.
+    Load(Box<Load>),
     /// Tell how the balloon stands: [`Reply::Balloon`].
     Balloon,
     /// Ask the guest for so much memory.
@@ -98,6 +119,17 @@ pub enum Command {
     },
 }
 
+/// Which snapshot to make a VM from, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Where it is.
+    pub place: Place,
+    /// What is other than it was.
+    pub overrides: Overrides,
+    /// Whether the VM goes on at once.
+    pub resume: bool,
+}
+
 /// Whether the VM runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
@@ -105,6 +137,8 @@ pub enum State {
     Running,
     /// It rests.
     Paused,
+    /// There is none yet.
+    NotStarted,
 }
 
 /// How a balloon stands.
@@ -133,6 +167,31 @@ pub enum Reply {
 
 /// Called once, with what came of the command: by the main loop, so it must not wait for anything.
 pub type Answer = Box<dyn FnOnce(Result<Reply, Error>) + Send>;
+
+/// The signals that end a process, which are read from a descriptor as long as this value is there.
+pub struct BlockedSignals {
+    fd: SignalFd,
+    before: SigSet,
+}
+
+impl BlockedSignals {
+    /// Blocks them.
+    pub fn new() -> io::Result<BlockedSignals> {
+        let before = SigSet::thread_get_mask()?;
+        let set: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+        set.thread_block()?;
+        Ok(BlockedSignals {
+            fd: SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?,
+            before,
+        })
+    }
+}
+
+impl Drop for BlockedSignals {
+    fn drop(&mut self) {
+        let _ = self.before.thread_set_mask();
+    }
+}
 
 #[derive(Default)]
 struct Waiting {
@@ -194,6 +253,32 @@ impl Control {
             let _ = self.0.event.read();
         }
         next
+    }
+
+    /// Waits for a snapshot to be loaded, and refuses what needs a VM meanwhile. `None` when a signal comes.
+    pub fn wait_for_load(&self, signals: &BlockedSignals) -> io::Result<Option<(Load, Answer)>> {
+        let events = Epoll::new()?;
+        for fd in [self.0.event.as_raw_fd(), signals.fd.as_raw_fd()] {
+            events.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))?;
+        }
+        let mut happened = [EpollEvent::default(); 2];
+        loop {
+            while let Some((command, answer)) = self.take() {
+                match command {
+                    Command::Load(load) => return Ok(Some((*load, answer))),
+                    Command::State => answer(Ok(Reply::State(State::NotStarted))),
+                    _ => answer(Err(Error::NotStarted)),
+                }
+            }
+            match events.wait(-1, &mut happened) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+            if signals.fd.read_signal()?.is_some() {
+                return Ok(None);
+            }
+        }
     }
 
     /// Refuses all commands, those that wait too.
@@ -270,7 +355,8 @@ impl Controlled {
             }
             Command::ChangeNet { net, receive, transmit } => self.limit_net(&net, receive, transmit)?,
             // The main loop's own.
-            Command::Pause | Command::Resume | Command::PressPower => {}
+            Command::Pause | Command::Resume | Command::PressPower | Command::Save(_) => {}
+            Command::Load(_) => return Err(Error::Started),
         }
         Ok(Reply::Done)
     }

@@ -9,10 +9,11 @@ mod ended;
 mod kernel;
 mod pause;
 mod run;
+pub mod snapshot;
 mod timeline;
 mod vcpu;
 
-pub use build::{Error as BuildError, build};
+pub use build::{Error as BuildError, build, restore};
 pub use devices::Error as DeviceError;
 pub use ended::{EXIT_FAILED, EXIT_PANIC, EXIT_RESET, EXIT_STUCK, EXIT_TRIPLE_FAULT, End, Ended};
 pub use kernel::{directories as kernel_directories, file_name as kernel_file_name, find as find_kernel};
@@ -26,9 +27,10 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::kvm::kind::Kind;
 use crate::kvm::pvm::Emulator;
 use crate::kvm::{self, Vcpu};
-use crate::legacy::{GuestEvent, I8042, PowerBlock};
+use crate::legacy::{GuestEvent, I8042, PowerBlock, Serial};
 use crate::virtio::console::ConsoleHandle;
 use crate::virtio::mmio::Transport;
 
@@ -36,12 +38,17 @@ use crate::virtio::mmio::Transport;
 pub struct Machine {
     /// The console at the terminal, and its place among the devices, if it has a size.
     sized: Option<(usize, ConsoleHandle)>,
+    serial: Arc<Serial>,
     i8042: Arc<I8042>,
     power: Arc<PowerBlock>,
     guest_event: Arc<GuestEvent>,
     transports: Vec<Arc<Transport>>,
     /// With the last handle on the VM go its interrupts and notifications, so it stays open.
-    _kvm_vm: kvm::Vm,
+    kvm_vm: kvm::Vm,
+    kind: Kind,
+    /// The MSRs that make up a vCPU's state.
+    msr_indices: Vec<u32>,
+    generation_id_addr: u64,
 }
 
 impl Machine {
@@ -72,6 +79,17 @@ pub struct Vm {
 }
 
 impl Vm {
+    /// Has the VM rest from the start, until it is told to go on.
+    pub fn start_paused(&mut self) {
+        self.controlled.state = control::State::Paused;
+        self.shared.gate.close_early();
+    }
+
+    /// Has the VM obey a control that others hold already.
+    pub fn obey(&mut self, control: control::Control) {
+        self.control = control;
+    }
+
     /// What controls this VM from another thread, once it runs.
     pub fn control(&self) -> control::Control {
         self.control.clone()

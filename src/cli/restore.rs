@@ -1,0 +1,193 @@
+//! `rvmm restore`: let a VM go on that was saved.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::str::FromStr;
+
+use clap::Args;
+
+use super::boot::{TimelineFormat, finish};
+use super::logging::{self, LogLevel};
+use crate::api;
+use crate::vm::config::{SerialConfig, Size};
+use crate::vm::control::{Control, Load, Reply};
+use crate::vm::snapshot::{DiskOverride, NetOverride, Overrides, Place, Snapshot};
+use crate::vm::{self, Timeline, Vm, control};
+
+/// Lets a VM go on that `rvmm snapshot` saved.
+#[derive(Args, Debug)]
+pub struct RestoreArguments {
+    /// Directory with the snapshot; without it, one is waited for at the API socket (`PUT /snapshot/load`)
+    #[arg(value_name = "DIR", required_unless_present = "api_socket")]
+    directory: Option<PathBuf>,
+    /// Another image for a disk, which may have another size; may be repeated
+    ///
+    /// ID=PATH, or ID=parts=LIST for a disk that is made of files
+    #[arg(long, value_name = "ID=PATH")]
+    disk: Vec<DiskOverride>,
+    /// Another tap for a network device; may be repeated
+    ///
+    /// ID=TAP[,netns=PATH][,bridge=NAME]
+    #[arg(long, value_name = "ID=TAP[,…]")]
+    net: Vec<NetOverride>,
+    /// Another path for the socket of the vsock device
+    #[arg(long, value_name = "PATH")]
+    vsock: Option<PathBuf>,
+    /// Where the first serial port leads: stdio, file=PATH or none [default: as before]
+    #[arg(long, value_name = "WHERE")]
+    serial: Option<SerialConfig>,
+    /// Where the virtio console leads, if there is one
+    #[arg(long, value_name = "WHERE")]
+    console: Option<SerialConfig>,
+    /// How much memory the balloon asks the guest for
+    #[arg(long, value_name = "SIZE")]
+    balloon: Option<Size>,
+    /// Do not let the VM go on until it is told to, at the API socket
+    #[arg(long, requires = "api_socket")]
+    paused: bool,
+    /// Control the VM through a unix socket at PATH, by HTTP
+    #[arg(long, value_name = "PATH", visible_alias = "api-sock")]
+    api_socket: Option<PathBuf>,
+    /// Print where the time of the restore went, to standard error at the end
+    #[arg(long, value_name = "FORMAT", num_args = 0..=1, default_missing_value = "table", require_equals = true)]
+    timeline: Option<TimelineFormat>,
+    /// How much to log to standard error
+    #[arg(long, value_name = "LEVEL", default_value = "warn")]
+    log_level: LogLevel,
+}
+
+impl RestoreArguments {
+    fn overrides(&self) -> Overrides {
+        Overrides {
+            disks: self.disk.clone(),
+            nets: self.net.clone(),
+            vsock: self.vsock.clone(),
+            serial: self.serial.clone(),
+            console: self.console.clone(),
+            balloon: self.balloon,
+        }
+    }
+}
+
+impl FromStr for DiskOverride {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<DiskOverride, String> {
+        let (id, place) = text
+            .split_once('=')
+            .filter(|(id, place)| !id.is_empty() && !place.is_empty())
+            .ok_or_else(|| format!("{text:?}: another image for a disk is ID=PATH"))?;
+        let id = id.to_owned();
+        Ok(match place.strip_prefix("parts=") {
+            Some("") => return Err("the path of the list of disk parts is missing".into()),
+            Some(list) => DiskOverride { id, parts_file: Some(list.into()), ..DiskOverride::default() },
+            None => DiskOverride { id, path: place.into(), ..DiskOverride::default() },
+        })
+    }
+}
+
+impl FromStr for NetOverride {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<NetOverride, String> {
+        let mut parts = text.split(',');
+        let (id, tap) = parts
+            .next()
+            .and_then(|first| first.split_once('='))
+            .filter(|(id, tap)| !id.is_empty() && !tap.is_empty())
+            .ok_or_else(|| format!("{text:?}: another tap is ID=TAP[,netns=PATH][,bridge=NAME]"))?;
+        let mut net = NetOverride { id: id.to_owned(), tap: tap.to_owned(), ..NetOverride::default() };
+        for part in parts {
+            match part.split_once('=') {
+                Some(("netns", path)) if !path.is_empty() => net.netns = Some(path.into()),
+                Some(("bridge", name)) if !name.is_empty() => net.bridge = Some(name.to_owned()),
+                _ => return Err(format!("unknown option {part:?}: there are netns=PATH and bridge=NAME")),
+            }
+        }
+        Ok(net)
+    }
+}
+
+/// Restores a VM and runs it to its end.
+pub fn run(arguments: &RestoreArguments, mut timeline: Timeline) -> anyhow::Result<ExitCode> {
+    logging::start(arguments.log_level);
+    timeline.mark("configured");
+    let socket = arguments.api_socket.as_deref().map(api::Socket::bind).transpose()?;
+    let overrides = arguments.overrides();
+    let (vm, _api) = match (&arguments.directory, socket) {
+        (Some(directory), socket) => {
+            let place = Place::directory(directory);
+            let load = Load { place, overrides, resume: !arguments.paused };
+            let vm = restore(&load, &mut timeline)?;
+            let api = socket.map(|socket| api::serve(socket, vm.control())).transpose()?;
+            (vm, api)
+        }
+        (None, Some(socket)) => {
+            let control = Control::new()?;
+            let signals = control::BlockedSignals::new()?;
+            let api = api::serve(socket, control.clone())?;
+            let Some(vm) = wait(&control, &signals, &overrides, &mut timeline)? else {
+                return Ok(ExitCode::SUCCESS);
+            };
+            (vm, Some(api))
+        }
+        (None, None) => anyhow::bail!("there is no snapshot to restore: name its directory"),
+    };
+    let ended = vm::run(vm, &mut timeline)?;
+    finish(&ended, &timeline, arguments.timeline)
+}
+
+fn restore(load: &Load, timeline: &mut Timeline) -> anyhow::Result<Vm> {
+    let mut snapshot = Snapshot::open(&load.place)?;
+    snapshot.replace(&load.overrides)?;
+    timeline.mark("snapshot read");
+    let mut vm = vm::restore(&snapshot, timeline)?;
+    if !load.resume {
+        vm.start_paused();
+    }
+    Ok(vm)
+}
+
+/// Waits until a client has a snapshot loaded, and it could be; `None` when a signal ends the wait.
+fn wait(
+    control: &Control,
+    signals: &control::BlockedSignals,
+    overrides: &Overrides,
+    timeline: &mut Timeline,
+) -> anyhow::Result<Option<Vm>> {
+    while let Some((mut load, answer)) = control.wait_for_load(signals)? {
+        load.overrides = load.overrides.or(overrides);
+        timeline.mark("load asked for");
+        match restore(&load, timeline) {
+            Ok(mut vm) => {
+                vm.obey(control.clone());
+                answer(Ok(Reply::Done));
+                return Ok(Some(vm));
+            }
+            Err(error) => answer(Err(control::Error::Load(format!("{error:#}")))),
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overrides_are_read() {
+        let disk: DiskOverride = "disk0=/a=b".parse().unwrap();
+        assert_eq!((disk.id.as_str(), disk.path), ("disk0", PathBuf::from("/a=b")));
+        let parts: DiskOverride = "layers=parts=/x.json".parse().unwrap();
+        assert_eq!(parts.parts_file, Some("/x.json".into()));
+        let net: NetOverride = "net0=tap3,netns=/run/netns/a,bridge=br0".parse().unwrap();
+        assert_eq!((net.id.as_str(), net.tap.as_str()), ("net0", "tap3"));
+        assert_eq!((net.netns, net.bridge.as_deref()), (Some("/run/netns/a".into()), Some("br0")));
+        for text in ["", "x", "=x", "x=", "a=parts="] {
+            assert!(text.parse::<DiskOverride>().is_err(), "{text}");
+        }
+        for text in ["", "net0", "net0=", "net0=t,x", "net0=t,netns="] {
+            assert!(text.parse::<NetOverride>().is_err(), "{text}");
+        }
+    }
+}

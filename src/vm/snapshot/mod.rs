@@ -1,0 +1,20 @@
+//! Saving a VM to files, and making one from them. `docs/snapshots.md` has format, order and limits.
+//!
+//! A snapshot is a state file, which [`format`] reads and writes, and a memory file, which is [`crate::memory::file`]'s.
+//! [`files`] puts both in their places so that an earlier snapshot stays whole until the new one is. [`create`] takes the
+//! state of a VM that rests; [`load`] reads a snapshot and checks that it can go on here, before anything is opened.
+
+mod create;
+mod error;
+mod files;
+mod format;
+mod load;
+mod state;
+
+pub use error::{CreateError, LoadError};
+pub use files::Place;
+pub use format::{FORMAT_VERSION, decode};
+pub use load::{DiskOverride, NetOverride, Overrides, Snapshot};
+pub use state::MachineState;
+
+pub(super) use create::{Errand, Source, create};
