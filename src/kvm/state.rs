@@ -35,7 +35,7 @@ const TIMER_MODE_DEADLINE: u32 = 2 << 17;
 const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// The state of a vCPU.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct VcpuState {
     mp_state: kvm_mp_state,
     regs: kvm_regs,
@@ -59,7 +59,7 @@ impl VcpuState {
 }
 
 /// The state of the devices that KVM has, and the guest's clock.
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, Default, Serialize, Deserialize)]
 pub struct ChipState {
     pic_master: kvm_irqchip,
     pic_slave: kvm_irqchip,

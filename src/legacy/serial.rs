@@ -64,7 +64,7 @@ pub trait SerialSink: Send + Sync {
 }
 
 /// The registers and buffers of the UART.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct SerialState {
     interrupt_enable: u8,
     fifo_control: u8,

@@ -29,3 +29,6 @@ pub mod testing;
 
 pub use chain::{Chain, Reader, Writer};
 pub use device::{Activation, Completion, Completions, Device, Handled, Handover, Source};
+
+#[cfg(test)]
+mod state_tests;

@@ -67,11 +67,17 @@ pub fn decode(bytes: &[u8]) -> Result<MachineState, FormatError> {
     if checksum(described, body) != sum {
         return Err(FormatError::Checksum);
     }
-    let (state, rest) =
+    decode_body(body)
+}
+
+/// Reads what stands behind the header, whose checksum tells mishaps and not malice.
+pub fn decode_body(body: &[u8]) -> Result<MachineState, FormatError> {
+    let (state, rest): (MachineState, _) =
         postcard::take_from_bytes(body).map_err(|error| FormatError::Contents(error.to_string()))?;
     if !rest.is_empty() {
         return Err(FormatError::Contents(format!("{} bytes too many", rest.len())));
     }
+    state.configuration()?;
     Ok(state)
 }
 

@@ -11,10 +11,13 @@ mod format;
 mod load;
 mod state;
 
-pub use error::{CreateError, LoadError};
+pub use error::{CreateError, FormatError, LoadError};
 pub use files::Place;
-pub use format::{FORMAT_VERSION, decode};
+pub use format::{FORMAT_VERSION, decode, decode_body};
 pub use load::{DiskOverride, NetOverride, Overrides, Snapshot};
 pub use state::MachineState;
 
 pub(super) use create::{Errand, Source, create};
+
+#[cfg(test)]
+mod tests;

@@ -23,7 +23,7 @@ pub struct MachineState {
     pub(super) features: Features,
     pub(super) memory: MemoryPlace,
     /// The configuration as JSON, which says by itself what a field is.
-    config: String,
+    pub(super) config: String,
     pub(in crate::vm) generation_id_addr: u64,
     pub(in crate::vm) vcpus: Vec<VcpuState>,
     pub(in crate::vm) chips: ChipState,
@@ -41,7 +41,7 @@ pub(super) struct MemoryPlace {
 }
 
 /// Devices at I/O ports.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(in crate::vm) struct PortState {
     pub(in crate::vm) serial: SerialState,
     pub(in crate::vm) i8042: I8042State,
@@ -80,8 +80,13 @@ impl MachineState {
         })
     }
 
+    /// The devices' states, in the order of their places.
+    pub fn devices(&self) -> &[TransportState] {
+        &self.devices
+    }
+
     /// The configuration that the VM had, if it agrees with the rest.
-    pub(super) fn configuration(&self) -> Result<VmConfig, FormatError> {
+    pub fn configuration(&self) -> Result<VmConfig, FormatError> {
         let wrong = |why: &str| FormatError::Contents(why.to_owned());
         let config: VmConfig =
             serde_json::from_str(&self.config).map_err(|error| FormatError::Contents(error.to_string()))?;
