@@ -20,6 +20,7 @@ mod net;
 mod network;
 mod resets;
 mod rng;
+mod snapshot;
 mod support;
 mod terminal;
 mod tidy;
