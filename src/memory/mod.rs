@@ -4,6 +4,7 @@
 //! host kernel is given raw iovecs.
 #![allow(unsafe_code)]
 
+pub mod file;
 pub mod guard;
 pub mod heap;
 mod release;
