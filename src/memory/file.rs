@@ -8,8 +8,9 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
+use rustix::fs::SeekFrom;
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, MemoryRegionAddress,
 };
@@ -27,6 +28,8 @@ const PAGE: usize = PAGE_SIZE as usize;
 /// Bits of an entry in `/proc/self/pagemap`: in memory, in swap space.
 const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
 const PAGEMAP_ENTRY_BYTES: usize = 8;
+/// Pages that are asked about at once.
+const WINDOW_PAGES: usize = 8192;
 
 /// Why memory could not be written or mapped.
 #[derive(Debug, thiserror::Error)]
@@ -82,7 +85,7 @@ pub fn write(ram: &Ram, file: &File, id: &Id) -> Result<u64, Error> {
     let fail = |source| Error::File("write", source);
     let size: u64 = ram.iter().map(GuestMemoryRegion::len).sum();
     file.set_len(size.checked_add(PAGE_SIZE).ok_or(Error::Size(size))?).map_err(fail)?;
-    let pagemap = pagemap();
+    let mut pages = Pages::open();
     let mut writer = Writer { file, buffer: vec![0; CHUNK], written: 0 };
     let mut base = 0;
     for region in ram.iter() {
@@ -90,7 +93,7 @@ pub fn write(ram: &Ram, file: &File, id: &Id) -> Result<u64, Error> {
         let mut at = 0;
         while at < region.len() {
             let len = (region.len() - at).min(CHUNK as u64) as usize;
-            if may_have_contents(pagemap, host + at as usize, len) {
+            if may_have_contents(&mut pages, host + at as usize, len) {
                 let chunk = writer.buffer.get_mut(..len).unwrap_or_default();
                 region.read_slice(chunk, MemoryRegionAddress(at)).map_err(Error::Read)?;
                 writer.put(base + at, len).map_err(fail)?;
@@ -104,18 +107,76 @@ pub fn write(ram: &Ram, file: &File, id: &Id) -> Result<u64, Error> {
 }
 
 /// Whether a range of host memory can hold anything but zeroes.
-fn may_have_contents(pagemap: Option<&File>, start: usize, len: usize) -> bool {
-    // What a file is mapped to has its contents before it is touched.
-    let (Some(pagemap), false) = (pagemap, release::is_file_mapped(start, start + len)) else { return true };
-    let mut entries = [0; CHUNK / PAGE * PAGEMAP_ENTRY_BYTES];
-    let Some(entries) = entries.get_mut(..len / PAGE * PAGEMAP_ENTRY_BYTES) else { return true };
-    let offset = (start / PAGE * PAGEMAP_ENTRY_BYTES) as u64;
-    if pagemap.read_exact_at(entries, offset).is_err() {
+fn may_have_contents(pages: &mut Pages, start: usize, len: usize) -> bool {
+    if pages.any_touched(start, len) {
         return true;
     }
-    entries
-        .chunks_exact(PAGEMAP_ENTRY_BYTES)
-        .any(|entry| entry.try_into().map_or(u64::MAX, u64::from_ne_bytes) & PRESENT_OR_SWAPPED != 0)
+    // What a file is mapped to has its contents before it is touched.
+    release::is_file_mapped(start, start + len) && !is_hole(start, len)
+}
+
+/// Tells which pages of this process have been touched.
+struct Pages {
+    pagemap: Option<&'static File>,
+    /// Entries of the window, and the number of its first page.
+    entries: Vec<u8>,
+    first: usize,
+}
+
+impl Pages {
+    fn open() -> Pages {
+        Pages { pagemap: pagemap(), entries: Vec::new(), first: 0 }
+    }
+
+    /// Whether any page of the range is in memory or swapped out, or it cannot be known.
+    fn any_touched(&mut self, start: usize, len: usize) -> bool {
+        let (page, count) = (start / PAGE, len / PAGE);
+        if self.find(page, count).is_none() {
+            self.first = page;
+            self.entries.resize(WINDOW_PAGES * PAGEMAP_ENTRY_BYTES, 0);
+            let offset = (page * PAGEMAP_ENTRY_BYTES) as u64;
+            let read = self.pagemap.as_ref().map(|pagemap| pagemap.read_at(&mut self.entries, offset));
+            self.entries.truncate(read.and_then(Result::ok).unwrap_or(0));
+        }
+        self.find(page, count).is_none_or(|entries| {
+            entries
+                .chunks_exact(PAGEMAP_ENTRY_BYTES)
+                .any(|entry| entry.try_into().map_or(u64::MAX, u64::from_ne_bytes) & PRESENT_OR_SWAPPED != 0)
+        })
+    }
+
+    /// The entries of these pages, if they are in the window.
+    fn find(&self, page: usize, count: usize) -> Option<&[u8]> {
+        let from = page.checked_sub(self.first)?.checked_mul(PAGEMAP_ENTRY_BYTES)?;
+        self.entries.get(from..from.checked_add(count * PAGEMAP_ENTRY_BYTES)?)
+    }
+}
+
+/// A memory file that is mapped, so that its holes need not be read to be known as such.
+struct Source {
+    file: File,
+    host: usize,
+    len: usize,
+    offset: u64,
+}
+
+static SOURCES: Mutex<Vec<Source>> = Mutex::new(Vec::new());
+
+/// Something else is mapped there from now on.
+pub(super) fn forget(host: usize, len: usize) {
+    let mut sources = SOURCES.lock().unwrap_or_else(PoisonError::into_inner);
+    sources.retain(|source| source.host + source.len <= host || host + len <= source.host);
+}
+
+/// Whether the memory file that was mapped there has a hole in this place.
+fn is_hole(start: usize, len: usize) -> bool {
+    let sources = SOURCES.lock().unwrap_or_else(PoisonError::into_inner);
+    let inside = |source: &&Source| source.host <= start && start + len <= source.host + source.len;
+    sources.iter().find(inside).is_some_and(|source| {
+        let offset = source.offset + (start - source.host) as u64;
+        // The last page is no hole, so there always are data behind.
+        rustix::fs::seek(&source.file, SeekFrom::Data(offset)).is_ok_and(|data| data >= offset + len as u64)
+    })
 }
 
 struct Writer<'a> {
@@ -174,6 +235,11 @@ pub fn map(file: &File, id: &Id, size: u64) -> Result<Ram, Error> {
     for region in ram.iter() {
         super::map_file_private(&ram, file, offset, GuestAddress(region.start_addr().0), region.len())
             .map_err(Error::Map)?;
+        if let Ok(file) = file.try_clone() {
+            let (host, len) = (region.as_ptr() as usize, region.len() as usize);
+            let mut sources = SOURCES.lock().unwrap_or_else(PoisonError::into_inner);
+            sources.push(Source { file, host, len, offset });
+        }
         offset += region.len();
     }
     Ok(ram)
