@@ -4,6 +4,7 @@ mod browser;
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use rvmm::bench::results::{Results, Value, Warning};
 use rvmm::bench::{report, summarise, testing};
@@ -272,4 +273,34 @@ fn run_without_figures_is_a_page_too() {
     assert_eq!(browser.eval("document.querySelectorAll('#claims tbody tr').length"), 25);
     assert!(is_empty(&browser.eval(OVERFLOWING)) && is_empty(&browser.eval(PALE)));
     assert_eq!(browser.complaints(), Vec::<String>::new());
+}
+
+#[test]
+fn command_makes_every_report_of_a_folder() {
+    let folder = support::project("tests/bench/fixture");
+    let directory = support::directory();
+    let page = directory.path().join("page.html");
+    let report = |arguments: &[&str]| {
+        let output = Command::new(support::binary())
+            .args(["compare", "report", folder.to_str().unwrap()])
+            .args(arguments)
+            .env("RVMM_ROOT", directory.path().join("data"))
+            .env("RVMM_RUN_ROOT", directory.path().join("run"))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let table = report(&["--html", page.to_str().unwrap(), "--advise=untrusted"]);
+    assert!(table.contains("Verdict\n") && table.contains("Take rvmm, microVM."), "{table}");
+    assert!(!table.contains('\x1b'), "no colour where there is no terminal");
+    assert!(fs::read_to_string(&page).unwrap().starts_with("<!DOCTYPE html>"));
+    assert!(report(&["--format", "csv"]).starts_with("probe,metric,executor,"));
+    assert!(report(&["--format", "markdown"]).contains("| --- |"));
+    let json: serde_json::Value = serde_json::from_str(&report(&["--format", "json", "--advise"])).unwrap();
+    assert_eq!(json["complete"], true);
+    let folder = folder.to_str().unwrap();
+    let diff = Command::new(support::binary()).args(["compare", "diff", folder, folder]).output().unwrap();
+    let diff = String::from_utf8(diff.stdout).unwrap();
+    assert!(diff.contains("No difference found in") && !diff.contains("Worse"), "{diff}");
 }

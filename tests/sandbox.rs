@@ -207,6 +207,6 @@ fn signals_and_exit_codes_pass_through_a_jail() {
     }
     drop(running);
     let outcome = guest.monitor().args(["--jail", "/nonexistent/directory"]).run();
-    outcome.fails_with(&["the jail's directory"]);
+    outcome.fails_with(&["cannot open the jail"]);
     announce("a jail was left in good order");
 }

@@ -12,6 +12,7 @@ mod cli;
 mod compare;
 mod console;
 mod container;
+mod firecracker;
 mod fs;
 mod image;
 mod linux;

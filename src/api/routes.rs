@@ -422,6 +422,43 @@ mod tests {
         assert!(matches!(route("PATCH", "/vm", &[0xff; 100]), Err(Fault { status: BAD_REQUEST, .. })));
     }
 
+    /// Methods and paths of `docs/openapi.yaml`.
+    fn documented() -> Vec<(String, String)> {
+        let mut path = String::new();
+        let mut found = vec![];
+        let text = include_str!("../../docs/openapi.yaml");
+        let paths = text.split("\npaths:\n").nth(1).unwrap().split("\ncomponents:").next().unwrap();
+        for line in paths.lines() {
+            match line.strip_suffix(':').map(|line| (line.len() - line.trim_start().len(), line.trim())) {
+                Some((2, name)) => path = name.to_owned(),
+                Some((4, method)) if method != "parameters" => {
+                    found.push((method.to_uppercase(), path.clone()));
+                }
+                _ => {}
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn documentation_has_the_routes_that_there_are() {
+        let documented = documented();
+        assert!(documented.len() > 25, "{documented:?}");
+        let paths: std::collections::BTreeSet<_> = documented.iter().map(|(_, path)| path.clone()).collect();
+        for path in &paths {
+            for method in ["GET", "PUT", "PATCH"] {
+                let place = path.replace("{drive_id}", "x").replace("{iface_id}", "x");
+                let body = if method == "GET" { "" } else { "[]" };
+                let there = match route(method, &place, body.as_bytes()) {
+                    Ok(_) => true,
+                    Err(fault) => !fault.message.contains("Invalid request method and/or path"),
+                };
+                let told = documented.contains(&(method.to_owned(), path.clone()));
+                assert_eq!(there, told, "{method} {path}");
+            }
+        }
+    }
+
     #[test]
     fn replies_have_the_names_that_clients_know() {
         use crate::vm::config::{Disk, VmConfig};

@@ -5,13 +5,14 @@
 //! layers of strangers get. A microVM that does not run is booted for that, without its network, volumes and process.
 
 use std::fs::{self, File};
-use std::io::{self, BufReader, BufWriter, Seek, Write};
+use std::io::{BufReader, BufWriter, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use super::config::{ContainerConfig, Isolation, NetworkMode};
+use super::files::{self, host};
 use super::prepare::{self, image_of, open_microvm};
 use super::records::{Record, Records};
-use super::{backend, files, records};
+use super::{backend, records};
 use crate::image::layers::{self, Limits, Options, Rights};
 
 /// Why the changes cannot be had.
@@ -32,24 +33,9 @@ pub enum Error {
     /// What the microVM has sent.
     #[error("cannot unpack what the microVM has sent")]
     Unpack(#[source] layers::Error),
-    /// The host.
-    #[error("cannot {what} {path:?}")]
-    Host {
-        /// What was being done.
-        what: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
     /// It is on its way up or down.
     #[error("the container is being started or stopped: try again")]
     Busy,
-}
-
-fn host(what: &'static str, path: &Path) -> impl Fn(io::Error) -> Error {
-    move |source| Error::Host { what, path: path.into(), source }
 }
 
 /// A directory with what a container has written.
@@ -127,7 +113,7 @@ fn read(records: &Records, record: &Record, to: &mut File) -> Result<(), Error> 
         result?;
         cleared?;
     }
-    to.flush().map_err(host("write", &records.roots().container(&config.id)))
+    Ok(to.flush().map_err(host("write", &records.roots().container(&config.id)))?)
 }
 
 fn boot_and_read(records: &Records, config: &ContainerConfig, to: impl Write) -> Result<(), Error> {

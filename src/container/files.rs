@@ -41,13 +41,19 @@ impl Error {
     }
 }
 
-fn host(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+/// What the host said when something was done with a path.
+pub(super) fn host(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Host { what, path: path.into(), source }
 }
 
 /// Makes a directory that only this user may enter, and those above it.
 pub fn make_directory(path: &Path) -> Result<(), Error> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(host("make the directory", path))
+}
+
+/// Makes a directory that others may enter, and those above it.
+pub(super) fn make_open_directory(path: &Path) -> Result<(), Error> {
+    fs::create_dir_all(path).map_err(host("make the directory", path))
 }
 
 /// Replaces a file by `value` as JSON, in one step: a reader sees the old or the new one, also after a crash.
@@ -112,6 +118,33 @@ fn remove_within(path: &Path, mount: u64) -> io::Result<()> {
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
     let bytes = fs::read(path).map_err(host("read", path))?;
     serde_json::from_slice(&bytes).map_err(|source| Error::Damaged { path: path.into(), source })
+}
+
+/// The same; `None` if there is no file.
+pub(super) fn find_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
+    match read_json(path) {
+        Err(error) if error.is_missing() => Ok(None),
+        result => result.map(Some),
+    }
+}
+
+/// Removes a file; nothing happens if there is none.
+pub(super) fn remove_file(path: &Path) -> Result<(), Error> {
+    gone(fs::remove_file(path)).map_err(host("remove", path))
+}
+
+/// Names of the files in a directory, in order; none if there is no directory.
+pub(super) fn names(path: &Path) -> Result<Vec<String>, Error> {
+    let entries = match fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(vec![]),
+        result => result.map_err(host("read", path))?,
+    };
+    let mut names = vec![];
+    for entry in entries {
+        names.extend(entry.map_err(host("read", path))?.file_name().into_string());
+    }
+    names.sort_unstable();
+    Ok(names)
 }
 
 /// A held lock. It is free again when the value is dropped, or when every process that has inherited it has ended.
@@ -186,6 +219,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_there_is_no_error_where_it_need_not_be() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.json");
+        assert_eq!(find_json::<Vec<u32>>(&path).unwrap(), None);
+        write_json(&path, &vec![1, 2]).unwrap();
+        assert_eq!(find_json::<Vec<u32>>(&path).unwrap(), Some(vec![1, 2]));
+        assert!(matches!(find_json::<String>(&path), Err(Error::Damaged { .. })));
+        assert_eq!(names(directory.path()).unwrap(), ["a.json"]);
+        remove_file(&path).unwrap();
+        remove_file(&path).unwrap();
+        assert!(names(&path).unwrap().is_empty());
+    }
+
+    #[test]
     fn trees_are_removed_and_mounts_in_them_are_not() {
         let directory = tempfile::tempdir().unwrap();
         let (tree, other) = (directory.path().join("tree"), directory.path().join("other"));
@@ -217,6 +264,25 @@ mod tests {
             workers.into_iter().for_each(|worker| worker.join().unwrap().unwrap());
         });
         assert!(!tree.exists());
+    }
+
+    #[test]
+    fn lock_waits_for_the_one_before() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, counter) = (directory.path().join("lock"), directory.path().join("counter"));
+        write_json(&counter, &0u32).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for _ in 0..20 {
+                        let _lock = Lock::wait(&path).unwrap();
+                        let value: u32 = read_json(&counter).unwrap();
+                        write_json(&counter, &(value + 1)).unwrap();
+                    }
+                });
+            }
+        });
+        assert_eq!(read_json::<u32>(&counter).unwrap(), 160);
     }
 
     #[test]

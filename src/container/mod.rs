@@ -19,9 +19,8 @@ pub mod roots;
 pub mod signal;
 pub mod spec;
 pub mod state;
-mod store;
 pub mod supervisor;
 pub mod time;
 pub mod volume;
 
-pub use store::Error as StoreError;
+pub use files::Error as FileError;

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
@@ -53,17 +52,6 @@ pub enum Error {
     /// Files.
     #[error(transparent)]
     File(#[from] files::Error),
-    /// The host.
-    #[error("cannot {what} {path:?}")]
-    Host {
-        /// What was being done.
-        what: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
     /// The other container of `--network container:…`.
     #[error("container {id}, whose network this one is to share, {why}", id = short(.id))]
     OtherContainer {

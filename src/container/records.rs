@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::config::ContainerConfig;
-use super::files::{self, Lock};
+use super::files::{self, Lock, host};
 use super::roots::Roots;
 use super::state::{State, Status, now_ns};
 
@@ -37,17 +37,6 @@ pub enum Error {
     /// A file.
     #[error(transparent)]
     File(#[from] files::Error),
-    /// A directory.
-    #[error("cannot {what} {path:?}")]
-    Host {
-        /// What was being done.
-        what: &'static str,
-        /// The directory.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
 }
 
 /// The first 12 digits of an id.
@@ -110,7 +99,7 @@ impl Records {
         files::write_json(&new.join("config.json"), config)?;
         files::write_json(&new.join("state.json"), &State::default())?;
         let place = self.roots.container(&config.id);
-        fs::rename(&new, &place).map_err(host("make", &place))
+        Ok(fs::rename(&new, &place).map_err(host("make", &place))?)
     }
 
     /// Gives a container another name.
@@ -268,8 +257,4 @@ impl Records {
         }
         Ok(())
     }
-}
-
-fn host(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Host { what, path: path.into(), source }
 }

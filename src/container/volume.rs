@@ -20,7 +20,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use super::store;
+use super::files;
 
 /// Longest name of a volume.
 const NAME_BYTES_MAX: usize = 128;
@@ -62,7 +62,7 @@ pub enum Error {
     },
     /// A file of ours.
     #[error(transparent)]
-    Store(#[from] store::Error),
+    Store(#[from] files::Error),
     /// The host has no random numbers.
     #[error("cannot get random numbers from the host")]
     Random(#[source] getrandom::Error),
@@ -112,14 +112,14 @@ impl Volumes {
         self.directory.join(name)
     }
 
-    fn lock(&self) -> Result<store::Lock, Error> {
+    fn lock(&self) -> Result<files::Lock, Error> {
         if !self.directory.is_dir() {
             // Nobody but root looks into volumes past their containers.
             let mut builder = fs::DirBuilder::new();
             let made = builder.recursive(true).mode(0o711).create(&self.directory);
             made.map_err(host("make", &self.directory))?;
         }
-        Ok(store::lock(&self.directory.join("lock"))?)
+        Ok(files::Lock::wait(&self.directory.join("lock"))?)
     }
 
     /// Makes a volume, with a name that is made up if none is given. One that is there stays as it is.
@@ -140,25 +140,25 @@ impl Volumes {
         }
         let place = self.place(name);
         for directory in [self.data(name), place.join("users")] {
-            store::make_directory(&directory)?;
+            files::make_open_directory(&directory)?;
         }
         let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let created_ns = u64::try_from(created.as_nanos()).unwrap_or(u64::MAX);
         let volume = Volume { name: name.into(), created_ns, labels: labels.clone(), anonymous };
         // Last, since a volume is there when this file is.
-        store::write(&place.join("volume.json"), &volume)?;
+        files::write_json(&place.join("volume.json"), &volume)?;
         Ok(volume)
     }
 
     /// The volume of that name.
     pub fn get(&self, name: &str) -> Result<Option<Volume>, Error> {
         check_name(name)?;
-        Ok(store::read(&self.place(name).join("volume.json"))?)
+        Ok(files::find_json(&self.place(name).join("volume.json"))?)
     }
 
     /// All volumes, by name.
     pub fn list(&self) -> Result<Vec<Volume>, Error> {
-        let names = store::names(&self.directory)?;
+        let names = files::names(&self.directory)?;
         let names = names.iter().filter(|name| check_name(name).is_ok() && self.place(name).is_dir());
         names.filter_map(|name| self.get(name).transpose()).collect()
     }
@@ -187,7 +187,7 @@ impl Volumes {
             if !path.exists() {
                 continue;
             }
-            store::remove(&path)?;
+            files::remove_file(&path)?;
             if remove_anonymous && volume.anonymous && self.users(&volume.name)?.is_empty() {
                 unwanted.push(self.set_aside(&volume.name)?);
             }
@@ -208,7 +208,7 @@ impl Volumes {
     /// Ids of the containers that use a volume.
     pub fn users(&self, name: &str) -> Result<Vec<String>, Error> {
         check_name(name)?;
-        Ok(store::names(&self.place(name).join("users"))?)
+        Ok(files::names(&self.place(name).join("users"))?)
     }
 
     /// Removes a volume that no container uses, and everything in it.
@@ -232,7 +232,7 @@ impl Volumes {
         let lock = self.lock()?;
         let (mut names, mut bytes, mut removed) = (vec![], 0u64, vec![]);
         // And what a removal left that was interrupted.
-        let left = store::names(&self.directory)?;
+        let left = files::names(&self.directory)?;
         removed.extend(
             left.iter().filter(|name| name.starts_with(REMOVED)).map(|name| self.directory.join(name)),
         );
@@ -263,7 +263,7 @@ impl Volumes {
         check_name(name)?;
         let place = self.place(name);
         let data = self.data(name);
-        let _lock = store::lock(&place.join("lock"))?;
+        let _lock = files::Lock::wait(&place.join("lock"))?;
         let (unfinished, whole) = (place.join("copy.new"), place.join("copy"));
         if whole.is_dir() {
             // Somebody copied and was stopped before it was moved.

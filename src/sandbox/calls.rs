@@ -91,23 +91,24 @@ pub const VCPU: &[Rule] = &[
 
 /// Every device thread.
 const DEVICE: &[Rule] = &[
-    any(libc::SYS_epoll_wait),      // waits for notifications and orders
-    any(libc::SYS_epoll_ctl),       // watches what the device waits for
-    any(libc::SYS_read),            // event counters and timers
-    any(libc::SYS_write),           // interrupts, the log
-    any(libc::SYS_futex),           // orders and what became of them
-    any(libc::SYS_close),           // what the device has opened
-    any(libc::SYS_brk),             // the heap
-    not_executable(libc::SYS_mmap), // the heap; a page of a kernel file that was truncated
-    any(libc::SYS_munmap),          // the heap; the signal stack of a thread that ends
+    one_of(libc::SYS_ioctl, 1, &[TCSETS]), // the terminal goes back to what it was when a thread dies of a fault
+    any(libc::SYS_epoll_wait),             // waits for notifications and orders
+    any(libc::SYS_epoll_ctl),              // watches what the device waits for
+    any(libc::SYS_read),                   // event counters and timers
+    any(libc::SYS_write),                  // interrupts, the log
+    any(libc::SYS_futex),                  // orders and what became of them
+    any(libc::SYS_close),                  // what the device has opened
+    any(libc::SYS_brk),                    // the heap
+    not_executable(libc::SYS_mmap),        // the heap; a page of a kernel file that was truncated
+    any(libc::SYS_munmap),                 // the heap; the signal stack of a thread that ends
     one_of(libc::SYS_madvise, 2, &[libc::MADV_DONTNEED as u64]), // the stack of a thread that ends
-    any(libc::SYS_clock_gettime),   // time, where the host has no fast clock
-    any(libc::SYS_rt_sigreturn),    // after a page of a kernel file was replaced
-    any(libc::SYS_restart_syscall), // goes on waiting after the process was stopped
-    any(libc::SYS_rt_sigprocmask),  // the end of the thread
-    any(libc::SYS_sigaltstack),     // the end of the thread
-    any(libc::SYS_exit),            // the end of the thread
-    any(libc::SYS_exit_group),      // the end, where a call is not allowed
+    any(libc::SYS_clock_gettime),          // time, where the host has no fast clock
+    any(libc::SYS_rt_sigreturn),           // after a page of a kernel file was replaced
+    any(libc::SYS_restart_syscall),        // goes on waiting after the process was stopped
+    any(libc::SYS_rt_sigprocmask),         // the end of the thread
+    any(libc::SYS_sigaltstack),            // the end of the thread
+    any(libc::SYS_exit),                   // the end of the thread
+    any(libc::SYS_exit_group),             // the end, where a call is not allowed
 ];
 
 /// Devices that need nothing more: random numbers aside, the console.
@@ -209,48 +210,49 @@ const LAUNCHER: &[Rule] = &[
 
 /// The thread that writes the guest's console.
 const CONSOLE: &[Rule] = &[
-    any(libc::SYS_write),                                        // the guest's output
-    any(libc::SYS_futex),                                        // waits for it
-    any(libc::SYS_poll),                                         // waits for a reader that is slow
-    any(libc::SYS_close),                                        // the file
-    any(libc::SYS_brk),                                          // the heap
-    not_executable(libc::SYS_mmap),                              // the heap
-    any(libc::SYS_munmap), // the heap; the signal stack of a thread that ends
+    one_of(libc::SYS_ioctl, 1, &[TCSETS]), // the terminal goes back to what it was when a thread dies of a fault
+    any(libc::SYS_write),                  // the guest's output
+    any(libc::SYS_futex),                  // waits for it
+    any(libc::SYS_poll),                   // waits for a reader that is slow
+    any(libc::SYS_close),                  // the file
+    any(libc::SYS_brk),                    // the heap
+    not_executable(libc::SYS_mmap),        // the heap
+    any(libc::SYS_munmap),                 // the heap; the signal stack of a thread that ends
     one_of(libc::SYS_madvise, 2, &[libc::MADV_DONTNEED as u64]), // the stack of a thread that ends
-    any(libc::SYS_clock_gettime), // time, where the host has no fast clock
-    any(libc::SYS_rt_sigreturn), // after a signal
-    any(libc::SYS_restart_syscall), // goes on waiting after the process was stopped
-    any(libc::SYS_rt_sigprocmask), // the end of the thread
-    any(libc::SYS_sigaltstack), // the end of the thread
-    any(libc::SYS_exit),   // the end of the thread
-    any(libc::SYS_exit_group), // the end, where a call is not allowed
+    any(libc::SYS_clock_gettime),          // time, where the host has no fast clock
+    any(libc::SYS_rt_sigreturn),           // after a signal
+    any(libc::SYS_restart_syscall),        // goes on waiting after the process was stopped
+    any(libc::SYS_rt_sigprocmask),         // the end of the thread
+    any(libc::SYS_sigaltstack),            // the end of the thread
+    any(libc::SYS_exit),                   // the end of the thread
+    any(libc::SYS_exit_group),             // the end, where a call is not allowed
 ];
 
 /// The thread of the control socket.
 const API: &[Rule] = &[
-    any(libc::SYS_epoll_wait),             // waits for clients
-    any(libc::SYS_epoll_ctl),              // watches them
-    any(libc::SYS_accept4),                // takes them
-    any(libc::SYS_read),                   // an event counter
-    any(libc::SYS_recvfrom),               // requests
-    any(libc::SYS_write),                  // an event counter, the log
-    any(libc::SYS_sendto),                 // answers
-    any(libc::SYS_writev),                 // answers
-    any(libc::SYS_shutdown),               // the end of a connection
-    any(libc::SYS_getsockopt),             // what is wrong with a connection
-    one_of(libc::SYS_ioctl, 1, &[0x5421]), // FIONBIO: a client must not block
-    any(libc::SYS_close),                  // a client that is done
-    any(libc::SYS_futex),                  // hands commands to the main thread
-    any(libc::SYS_brk),                    // the heap
-    not_executable(libc::SYS_mmap),        // the heap
-    any(libc::SYS_munmap),                 // the heap
-    any(libc::SYS_mremap),                 // the heap
-    any(libc::SYS_madvise),                // the heap
-    any(libc::SYS_getrandom),              // keys of hash tables
-    any(libc::SYS_clock_gettime),          // time, where the host has no fast clock
-    any(libc::SYS_rt_sigreturn),           // after a signal
-    any(libc::SYS_restart_syscall),        // goes on waiting after the process was stopped
-    any(libc::SYS_exit_group),             // the end, where a call is not allowed
+    any(libc::SYS_epoll_wait),                     // waits for clients
+    any(libc::SYS_epoll_ctl),                      // watches them
+    any(libc::SYS_accept4),                        // takes them
+    any(libc::SYS_read),                           // an event counter
+    any(libc::SYS_recvfrom),                       // requests
+    any(libc::SYS_write),                          // an event counter, the log
+    any(libc::SYS_sendto),                         // answers
+    any(libc::SYS_writev),                         // answers
+    any(libc::SYS_shutdown),                       // the end of a connection
+    any(libc::SYS_getsockopt),                     // what is wrong with a connection
+    one_of(libc::SYS_ioctl, 1, &[0x5421, TCSETS]), // FIONBIO: a client must not block; the terminal, after a fault
+    any(libc::SYS_close),                          // a client that is done
+    any(libc::SYS_futex),                          // hands commands to the main thread
+    any(libc::SYS_brk),                            // the heap
+    not_executable(libc::SYS_mmap),                // the heap
+    any(libc::SYS_munmap),                         // the heap
+    any(libc::SYS_mremap),                         // the heap
+    any(libc::SYS_madvise),                        // the heap
+    any(libc::SYS_getrandom),                      // keys of hash tables
+    any(libc::SYS_clock_gettime),                  // time, where the host has no fast clock
+    any(libc::SYS_rt_sigreturn),                   // after a signal
+    any(libc::SYS_restart_syscall),                // goes on waiting after the process was stopped
+    any(libc::SYS_exit_group),                     // the end, where a call is not allowed
 ];
 
 /// What the main thread asks of terminals and disks, and of KVM's own devices when the VM is saved.
@@ -295,6 +297,7 @@ const MAIN: &[Rule] = &[
     any(libc::SYS_pwrite64),                 // memory of a VM that is saved
     any(libc::SYS_ftruncate),                // the size of its file
     any(libc::SYS_flock),                    // gives up the lock of an image
+    one_of(libc::SYS_io_uring_register, 1, &[2, 3]), // another image for a drive that has no driver yet
     any(libc::SYS_sendmsg),                  // asks the keeper for an image, or a snapshot's files
     any(libc::SYS_recvmsg),                  // gets them
     any(libc::SYS_sendto),                   // asks the keeper

@@ -155,7 +155,10 @@ impl Keeper {
 
     /// Nothing more is to be remembered.
     pub fn seal(&self) -> io::Result<()> {
-        self.ask(&Request::Seal).map(drop)
+        match self.ask(&Request::Seal)? {
+            (Answer::Failed(why), _) => Err(io::Error::other(why)),
+            _ => Ok(()),
+        }
     }
 
     /// Opens and locks an image, unless it is the one with the numbers `have`.
@@ -396,8 +399,11 @@ fn serve(socket: &OwnedFd, child: Option<(Pid, &Jail)>) -> Result<ExitCode, Erro
             }
             Ok(Request::Seal) if !sealed => {
                 sealed = true;
-                seal(child.map(|(_, jail)| jail))?;
-                (Answer::Done, None)
+                match seal(child.map(|(_, jail)| jail)) {
+                    Ok(()) => (Answer::Done, None),
+                    // The monitor says it, and ends.
+                    Err(error) => (Answer::Failed(crate::error_chain(&error)), None),
+                }
             }
             Ok(Request::Open { path, read_only, have }) if sealed => open(&path, read_only, have),
             Ok(

@@ -135,6 +135,13 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
     }
 }
 
+static JAILED: AtomicBool = AtomicBool::new(false);
+
+/// Whether this process is in a jail, where the directory of the sockets is the working directory.
+pub fn is_jailed() -> bool {
+    JAILED.load(Ordering::Acquire)
+}
+
 static ON: AtomicBool = AtomicBool::new(false);
 
 /// Whether threads are to put up their walls.
@@ -148,6 +155,7 @@ pub fn turn_on(jail: Option<(&jail::Jail, Option<&Path>)>) -> Result<(), Error> 
     violation::install().step("catch system calls that are not allowed")?;
     if let Some((jail, beside)) = jail {
         jail.close_files(beside)?;
+        JAILED.store(true, Ordering::Release);
     }
     privileges::bound(CapabilitySet::empty())?;
     if let Some((jail, _)) = jail {

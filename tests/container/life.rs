@@ -229,6 +229,53 @@ fn a_whole_life_in_a_microvm() {
     }
 }
 
+/// What a container has written is the same layer behind either wall, while it runs and afterwards.
+fn changes(wall: Wall) {
+    let home = Home::new();
+    // Few processes, since starting one takes long in some guests.
+    let script = "echo new >/new; rm -r /data; mkdir /data; echo own >/data/own; chown 33:34 /new; chmod 4751 /new; ln /new /hard
+        echo more >>/etc/group; sync; echo ready; while read -r line; do :; done; exit 3";
+    home.run(&["run", "-d", "-i", wall.flag(), "--name=one", "--network=none", IMAGE, "sh", "-c", script])
+        .ok();
+    home.await_log("one", "ready");
+    let expected = ["A /data/own", "A /hard", "A /new", "C /data", "C /etc", "C /etc/group", "D /data/seed"];
+    let diff = || {
+        let text = home.run(&["diff", "one"]).ok();
+        // Where something is mounted.
+        let mounted = ["/etc/hostname", "/etc/hosts", "/etc/resolv.conf", "A /dev", "A /proc", "A /sys"];
+        let lines = text.lines().filter(|line| !mounted.iter().any(|path| line.ends_with(path)));
+        let mut lines: Vec<String> = lines.map(str::to_owned).collect();
+        lines.sort();
+        lines
+    };
+    assert_eq!(diff(), expected);
+    home.run(&["commit", "one", "changed"]).ok();
+    let script = "stat -c '%u:%g %a %h' /new; cat /data/own; ls /data; tail -n1 /etc/group";
+    let seen = home.run(&["run", "--rm", "--network=none", "changed", "sh", "-c", script]);
+    assert_eq!(seen.ok(), "33:34 4751 2\nown\nown\nmore\n");
+    assert_eq!(home.inspect("one")["State"]["Running"], true);
+    home.run(&["kill", "one"]).ok();
+    let before = home.inspect("one")["State"].clone();
+    assert_eq!(diff(), expected);
+    assert_eq!(home.inspect("one")["State"], before);
+    home.run(&["rm", "one"]).ok();
+    assert_eq!(home.left(), [] as [String; 0]);
+}
+
+#[test]
+fn changes_natively() {
+    if can_run(Wall::Native) {
+        changes(Wall::Native);
+    }
+}
+
+#[test]
+fn changes_in_a_microvm() {
+    if can_run(Wall::Microvm) {
+        changes(Wall::Microvm);
+    }
+}
+
 #[test]
 fn terminals_have_the_size_of_the_callers() {
     if !can_run(Wall::Native) || !has_tool("script") {

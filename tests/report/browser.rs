@@ -170,10 +170,9 @@ impl Browser {
     pub fn complaints(&mut self) -> Vec<String> {
         // What was sent before the answer to this has come by then.
         self.eval("1");
-        let complaint = |event: &&Value| match event["method"].as_str() {
-            Some("Runtime.exceptionThrown" | "Log.entryAdded") => true,
-            Some("Runtime.consoleAPICalled") => true,
-            _ => false,
+        let complaint = |event: &&Value| {
+            let method = event["method"].as_str();
+            matches!(method, Some("Runtime.exceptionThrown" | "Runtime.consoleAPICalled" | "Log.entryAdded"))
         };
         self.events.iter().filter(complaint).map(|event| event["params"].to_string()).collect()
     }

@@ -92,7 +92,11 @@ impl Vm {
 
     /// The kernel's parameter that says what to run. Its values have no way to quote a quotation mark.
     fn exec_parameter(&self, job: &Job) -> Result<String, Error> {
-        let line = job.argv.join(" ");
+        let mut line = job.argv.join(" ");
+        // Its small system sets up no network by itself; QEMU's own network has this address for the guest.
+        if self.kind == Kind::QemuMicrovm && job.network != Network::None && !line.is_empty() {
+            line = format!("ifconfig eth0 10.0.2.15 up; exec {line}");
+        }
         if line.is_empty() || line.contains('"') || line.len() > 1000 {
             return Err(Error::Unable(
                 "a virtual machine without an agent runs plain command lines only".into(),
@@ -362,6 +366,18 @@ mod tests {
         assert!(argv.contains(&"/guest/vmlinux".to_owned()));
         let quoted = Job { argv: vec!["a\"b".into()], ..Job::default() };
         assert!(vm(Kind::QemuMicrovm).run(&quoted).is_err());
+    }
+
+    #[test]
+    fn small_system_is_told_its_address() {
+        let job =
+            Job { network: Network::Bridge, ports: vec![(8080, 80)], ..Job::helper("n", ["http", "80"]) };
+        let argv = vm(Kind::QemuMicrovm).run(&job).unwrap().argv;
+        assert!(
+            argv.last()
+                .unwrap()
+                .ends_with("rvmm.exec=\"ifconfig eth0 10.0.2.15 up; exec /rvmm-probe http 80\"")
+        );
     }
 
     #[test]

@@ -109,7 +109,7 @@ fn look(
             line = said;
             break;
         }
-        let all = executor.lines(&context.spawner, instance, super::MARKER)?;
+        let all = executor.lines(&context.spawner, instance, "\"persist\"")?;
         if let Some(found) = all.get(lives - 1) {
             line = found.clone();
             break;

@@ -17,6 +17,9 @@ const CLOCK_QUESTIONS: usize = 7;
 /// Where starting one takes longer than this many seconds, many at once are not tried.
 const SLOW: f64 = 3.0;
 
+/// How long a first look waits for an answer over HTTP.
+const QUICK_PATIENCE: Duration = Duration::from_secs(40);
+
 /// Starts and stops.
 #[derive(Default)]
 pub struct Start {
@@ -202,7 +205,8 @@ fn first_http(context: &Context, executor: &dyn Executor) -> Result<Vec<Found>, 
         Job { network: Network::Bridge, ports: vec![(port, port)], ..context.helper(["http", &inside]) };
     let begun = Instant::now();
     let instance = executor.start(&context.spawner, &job)?;
-    let answered = wait_for_http(context, port, begun + PATIENCE);
+    let patience = if context.quick { QUICK_PATIENCE } else { PATIENCE };
+    let answered = wait_for_http(context, port, begun + patience);
     executor.remove(&context.spawner, instance)?;
     Ok(vec![Found::number("first_http", (answered? - begun).as_secs_f64())])
 }

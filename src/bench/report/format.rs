@@ -131,9 +131,9 @@ pub fn factor(ratio: f64) -> String {
     let size = ratio.abs();
     let decimals = if size < 0.0995 { 3 } else { decimals(size).min(2) };
     let digits = |decimals| Scale { divisor: 1.0, name: "", decimals }.digits(ratio);
-    match digits(decimals) {
-        text if text == "1.00" && ratio != 1.0 => digits(3),
-        text => text,
+    match (digits(decimals), digits(3)) {
+        (short, long) if short == "1.00" && long != "1.000" => long,
+        (short, _) => short,
     }
 }
 
@@ -199,6 +199,12 @@ pub fn shell(argv: &[String]) -> String {
         }
     };
     argv.iter().map(quoted).collect::<Vec<_>>().join(" ")
+}
+
+/// As the beginning of a sentence.
+pub fn capitalised(text: &str) -> String {
+    let mut chars = text.chars();
+    chars.next().map_or(String::new(), |first| first.to_uppercase().chain(chars).collect())
 }
 
 /// `1 run`, `2 runs`.

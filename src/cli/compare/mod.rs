@@ -15,7 +15,7 @@ use crate::bench::interrupt::Interrupt;
 use crate::bench::{Results, host};
 use crate::container::roots::Roots;
 use crate::program;
-use reports::Format;
+use reports::DiffFormat;
 
 /// Interrupted, but with what there was until then.
 const EXIT_PARTIAL: u8 = 130;
@@ -97,7 +97,7 @@ enum CompareCommand {
         second: PathBuf,
         /// How to print
         #[arg(long, value_name = "FORMAT", default_value = "table")]
-        format: Format,
+        format: DiffFormat,
     },
 }
 

@@ -8,19 +8,27 @@ use anyhow::Context;
 
 use crate::bench::report::{self, Needs};
 use crate::bench::{Results, diff, summarise};
-use crate::vm::config::Size;
 
-/// How to print.
+/// How to print a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
-    /// For people at a terminal
+    /// For people
     Table,
     /// Everything, for programs
     Json,
     /// A line for each figure
     Csv,
-    /// Tables for a document
+    /// For READMEs and issues
     Markdown,
+}
+
+/// How to print two runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum DiffFormat {
+    /// For people
+    Table,
+    /// All comparisons, for programs
+    Json,
 }
 
 /// What to make of results.
@@ -29,49 +37,15 @@ pub struct ReportArguments {
     /// How to print
     #[arg(long, value_name = "FORMAT", default_value = "table")]
     format: Format,
-    /// Also write a page with charts there
+    /// Also write a page with charts
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    #[command(flatten)]
-    needs: NeedsArguments,
+    /// Also recommend, for needs such as untrusted,kernel,start=200ms,instances=50,memory=8G
+    #[arg(long, value_name = "NEEDS", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    advise: Option<Needs>,
 }
 
-/// What a recommendation is to rest on.
-#[derive(clap::Args)]
-struct NeedsArguments {
-    /// Also recommend an isolation, with reasons, and say which figure would change that
-    #[arg(long)]
-    advise: bool,
-    /// For --advise: the code is not trusted, and must not reach the host's kernel
-    #[arg(long, requires = "advise")]
-    untrusted: bool,
-    /// For --advise: it needs kernel modules, parameters or features of its own
-    #[arg(long, requires = "advise")]
-    own_kernel: bool,
-    /// For --advise: time from the command to the first output, in milliseconds, at most
-    #[arg(long, value_name = "MS", requires = "advise", value_parser = clap::value_parser!(u64).range(1..))]
-    start_within: Option<u64>,
-    /// For --advise: instances at once, at least
-    #[arg(long, value_name = "N", requires = "advise", value_parser = clap::value_parser!(u64).range(1..))]
-    instances: Option<u64>,
-    /// For --advise: memory for all of them, as 8G [default: the host's]
-    #[arg(long, value_name = "SIZE", requires = "advise")]
-    memory: Option<Size>,
-}
-
-impl NeedsArguments {
-    fn needs(&self) -> Needs {
-        Needs {
-            untrusted: self.untrusted,
-            own_kernel: self.own_kernel,
-            start: self.start_within.map(|milliseconds| milliseconds as f64 / 1e3),
-            instances: self.instances,
-            memory: self.memory.map(Size::bytes),
-        }
-    }
-}
-
-/// Prints a run, and writes its page.
+/// Prints a run, and writes its page if asked to.
 pub fn print(results: &Results, arguments: &ReportArguments) -> anyhow::Result<()> {
     let summary = summarise(results);
     let colour = stdout().is_terminal();
@@ -81,32 +55,31 @@ pub fn print(results: &Results, arguments: &ReportArguments) -> anyhow::Result<(
         Format::Csv => report::csv(&summary),
         Format::Markdown => report::markdown(&summary),
     };
-    if arguments.needs.advise {
-        let advice = report::advice(&summary, &arguments.needs.needs());
-        let advice = report::advice_text(&advice, colour && arguments.format == Format::Table);
+    if let Some(needs) = &arguments.advise {
+        let advice = report::advice(&summary, needs);
         match arguments.format {
-            Format::Table | Format::Markdown => text += &format!("\n{advice}"),
-            // Programs read the rest.
-            Format::Json | Format::Csv => eprint!("{advice}"),
+            Format::Table => text += &format!("\n{}", report::advice_text(&advice, colour)),
+            // What programs read stays what they expect.
+            _ => eprint!("{}", report::advice_text(&advice, false)),
         }
     }
+    write(&text)?;
     if let Some(path) = &arguments.html {
-        let page = report::html(&summary, results);
-        fs::write(path, page).with_context(|| format!("cannot write {path:?}"))?;
+        fs::write(path, report::html(&summary, results)).with_context(|| format!("cannot write {path:?}"))?;
     }
-    write(&text)
+    Ok(())
 }
 
 /// Prints what differs between two runs.
-pub fn print_diff(first: &Results, second: &Results, format: Format) -> anyhow::Result<()> {
-    let comparisons = diff(first, second);
-    write(&match format {
-        Format::Json => serde_json::to_string_pretty(&comparisons)? + "\n",
-        Format::Table | Format::Csv | Format::Markdown => {
-            let colour = stdout().is_terminal() && format == Format::Table;
-            report::diff(&summarise(first), &summarise(second), &comparisons, colour)
+pub fn print_diff(first: &Results, second: &Results, format: DiffFormat) -> anyhow::Result<()> {
+    let found = diff(first, second);
+    let text = match format {
+        DiffFormat::Json => serde_json::to_string_pretty(&found)? + "\n",
+        DiffFormat::Table => {
+            report::diff(&summarise(first), &summarise(second), &found, stdout().is_terminal())
         }
-    })
+    };
+    write(&text)
 }
 
 fn write(text: &str) -> anyhow::Result<()> {

@@ -15,8 +15,8 @@ use super::state::{Record, State, TakenPort, short};
 use super::status::{Interface, Status};
 use super::{NEEDS_ROOT, Networks, netns, pasta};
 use crate::container::config::{Network, NetworkJoin, NetworkMode, Port};
+use crate::container::files::Lock;
 use crate::container::roots::run_name;
-use crate::container::store::Lock;
 
 /// The default route through the first network has this metric, and the next ones have more.
 const METRIC: u32 = 100;

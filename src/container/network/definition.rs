@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::error::Error;
 use super::netlink::{Netlink, Route};
 use super::subnet;
-use crate::container::store;
+use crate::container::files;
 
 /// The network that containers are on if nothing else is said.
 pub const DEFAULT_NETWORK: &str = "bridge";
@@ -124,7 +124,7 @@ impl Definitions {
 
     /// All networks, by name.
     pub(super) fn all(&self) -> Result<Vec<Definition>, Error> {
-        let names = store::names(&self.0)?;
+        let names = files::names(&self.0)?;
         let names = names.iter().filter_map(|name| name.strip_suffix(".json"));
         names.filter(|name| check_name(name).is_ok()).filter_map(|name| self.get(name).transpose()).collect()
     }
@@ -132,7 +132,7 @@ impl Definitions {
     /// The network of that name.
     pub(super) fn get(&self, name: &str) -> Result<Option<Definition>, Error> {
         check_name(name)?;
-        Ok(store::read(&self.path(name))?)
+        Ok(files::find_json(&self.path(name))?)
     }
 
     /// The network of that name, or whose id begins so.
@@ -157,20 +157,20 @@ impl Definitions {
         if RESERVED.contains(&options.name.as_str()) {
             return Err(Error::Reserved(options.name.clone()));
         }
-        store::make_directory(&self.0)?;
+        files::make_open_directory(&self.0)?;
         let others = self.all()?;
         if others.iter().any(|other| other.name == options.name) {
             return Err(Error::Exists(options.name.clone()));
         }
         let definition = define(options, &others, &Host::look()?)?;
-        store::write(&self.path(&options.name), &definition)?;
+        files::write_json(&self.path(&options.name), &definition)?;
         Ok(definition)
     }
 
     /// Forgets a network.
     pub(super) fn remove(&self, name: &str) -> Result<(), Error> {
         check_name(name)?;
-        Ok(store::remove(&self.path(name))?)
+        Ok(files::remove_file(&self.path(name))?)
     }
 }
 

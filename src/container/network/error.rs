@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 
-use crate::container::store;
+use crate::container::files;
 use crate::tap;
 
 /// Why a network, or a container's part in it, cannot be made or removed.
@@ -175,7 +175,7 @@ pub enum Error {
     Tap(#[from] tap::Error),
     /// A file of ours.
     #[error(transparent)]
-    Store(#[from] store::Error),
+    Store(#[from] files::Error),
     /// The host has no random numbers.
     #[error("cannot get random numbers from the host")]
     Random(#[source] getrandom::Error),

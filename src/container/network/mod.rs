@@ -7,7 +7,7 @@
 mod attach;
 mod definition;
 mod error;
-mod files;
+mod etc;
 mod firewall;
 mod nameserver;
 mod netavark;
@@ -29,7 +29,7 @@ use ipnet::IpNet;
 pub use attach::{Attachment, Request, Starting};
 pub use definition::{CreateOptions, DEFAULT_NETWORK, Definition, Driver, Subnet};
 pub use error::Error;
-pub use files::{host_resolv_conf, hosts, resolv_conf};
+pub use etc::{host_resolv_conf, hosts, resolv_conf};
 pub use plug::{TapPlug, plug_tap, unplug_tap};
 pub use ports::PortLocks;
 pub use status::{Interface, Status};
@@ -37,7 +37,7 @@ pub use status::{Interface, Status};
 use self::definition::Definitions;
 use self::state::{Record, Records, State};
 use super::config::{Isolation, Network, NetworkMode};
-use super::store;
+use super::files;
 
 /// Why users without root have one network.
 const NEEDS_ROOT: &str = "networks other than \"bridge\" need root: without, each container is alone with its way out (publish \
@@ -78,9 +78,9 @@ impl Networks {
     }
 
     /// One at a time may change networks, as netavark demands.
-    fn lock(&self) -> Result<store::Lock, Error> {
-        store::make_directory(&self.run)?;
-        let lock = store::lock(&self.run.join("lock"))?;
+    fn lock(&self) -> Result<files::Lock, Error> {
+        files::make_open_directory(&self.run)?;
+        let lock = files::Lock::wait(&self.run.join("lock"))?;
         netavark::wait_for_orphan(&self.run)?;
         Ok(lock)
     }

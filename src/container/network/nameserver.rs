@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::error::Error;
 use super::netavark::process;
-use crate::container::store;
+use crate::container::files;
 
 /// The name server's own domain: it asks nobody else for names below it.
 const DOMAIN: &str = "dns.podman";
@@ -33,7 +33,7 @@ fn server(directory: &Path) -> Option<u32> {
 /// netavark signals whatever has the number that the name server had, so it must not find the number of a dead one.
 pub(super) fn forget_dead(directory: &Path) -> Result<(), Error> {
     if server(directory).is_none() {
-        store::remove(&files(directory).join("aardvark.pid"))?;
+        files::remove_file(&files(directory).join("aardvark.pid"))?;
     }
     Ok(())
 }
@@ -42,7 +42,7 @@ pub(super) fn forget_dead(directory: &Path) -> Result<(), Error> {
 pub(super) fn forget(directory: &Path, id: &str) -> Result<(), Error> {
     let servers = files(directory);
     let mut changed = false;
-    for name in store::names(&servers)? {
+    for name in files::names(&servers)? {
         let path = servers.join(&name);
         let Ok(text) = fs::read_to_string(&path) else { continue };
         let others = |line: &&str| line.split(' ').next() != Some(id);
@@ -54,7 +54,7 @@ pub(super) fn forget(directory: &Path, id: &str) -> Result<(), Error> {
         // The first line has the addresses to listen at; without a container there is nothing to tell.
         let failed = |source| Error::Run { program: "aardvark-dns", source };
         if kept.iter().filter(|line| !line.is_empty()).count() <= 1 {
-            store::remove(&path)?;
+            files::remove_file(&path)?;
         } else {
             fs::write(&path, kept.join("\n") + "\n").map_err(failed)?;
         }
@@ -192,7 +192,7 @@ mod tests {
         fs::write(servers.join("web"), "10.88.0.1\naaa 10.88.0.2  a,b \nbbb 10.88.0.3  c \n").unwrap();
         fs::write(servers.join("db"), "10.89.0.1\naaa 10.89.0.2  a \n").unwrap();
         forget(directory.path(), "aaa").unwrap();
-        assert_eq!(store::names(&servers).unwrap(), ["web"]);
+        assert_eq!(files::names(&servers).unwrap(), ["web"]);
         assert_eq!(fs::read_to_string(servers.join("web")).unwrap(), "10.88.0.1\nbbb 10.88.0.3  c \n");
     }
 

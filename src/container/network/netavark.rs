@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::Error;
 use super::nameserver;
-use crate::container::store;
+use crate::container::files;
 
 /// Where Debian and others put programs that only container engines call.
 const DIRECTORIES: [&str; 5] = [
@@ -179,7 +179,7 @@ impl Netavark {
         let what = format!("{verb} the network of container {}", input.container_name);
         let running = Running { child, output, errors, what, helper };
         if let Some(process) = process(running.child.id()) {
-            store::write(&running.helper, &process)?;
+            files::write_json(&running.helper, &process)?;
         }
         Ok(running)
     }
@@ -203,7 +203,7 @@ impl Running {
 
     fn wait(&mut self) -> Result<ExitStatus, Error> {
         let status = self.child.wait().map_err(|source| Error::Run { program: "netavark", source })?;
-        store::remove(&self.helper)?;
+        files::remove_file(&self.helper)?;
         Ok(status)
     }
 }
@@ -231,7 +231,7 @@ fn find(program: &'static str, variable: &'static str) -> Result<PathBuf, Error>
 /// Waits for a netavark that outlived its engine, so that nobody works against it.
 pub(super) fn wait_for_orphan(directory: &Path) -> Result<(), Error> {
     let path = directory.join("helper.json");
-    let Some(orphan): Option<Process> = store::read(&path)? else { return Ok(()) };
+    let Some(orphan): Option<Process> = files::find_json(&path)? else { return Ok(()) };
     let end = std::time::Instant::now() + ORPHAN_PATIENCE;
     while process(orphan.pid).is_some_and(|process| process == orphan) {
         if std::time::Instant::now() > end {
@@ -240,7 +240,7 @@ pub(super) fn wait_for_orphan(directory: &Path) -> Result<(), Error> {
         }
         std::thread::sleep(Duration::from_millis(5));
     }
-    Ok(store::remove(&path)?)
+    Ok(files::remove_file(&path)?)
 }
 
 /// A process that runs; not one that has ended and was not yet waited for.
@@ -278,8 +278,8 @@ mod tests {
         }
         child.wait().unwrap();
         let directory = tempfile::tempdir().unwrap();
-        store::write(&directory.path().join("helper.json"), &process).unwrap();
+        files::write_json(&directory.path().join("helper.json"), &process).unwrap();
         wait_for_orphan(directory.path()).unwrap();
-        assert!(store::names(directory.path()).unwrap().is_empty());
+        assert!(files::names(directory.path()).unwrap().is_empty());
     }
 }

@@ -17,8 +17,8 @@ use super::error::Error;
 use super::relay;
 use super::status::{Interface, Status};
 use crate::container::config::Port;
+use crate::container::files;
 use crate::container::native;
-use crate::container::store;
 
 /// Every container has these: none sees another's. pasta answers for the gateway and for the name server.
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 100);
@@ -161,8 +161,8 @@ pub(super) fn stop(pid_file: &Path, socket: &Path) -> Result<(), Error> {
         let patience = Timespec::try_from(PATIENCE).ok();
         let _ = poll(&mut [PollFd::new(&process, PollFlags::IN)], patience.as_ref());
     }
-    store::remove(socket)?;
-    Ok(store::remove(pid_file)?)
+    files::remove_file(socket)?;
+    Ok(files::remove_file(pid_file)?)
 }
 
 /// Whether a process is pasta, whose name is that of the variant for this processor.

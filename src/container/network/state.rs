@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::error::Error;
 use super::netavark::Input;
 use super::subnet;
-use crate::container::store;
+use crate::container::files;
 
 /// What all containers have.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,11 +58,11 @@ pub(super) struct Record {
 
 impl State {
     pub(super) fn read(path: &Path) -> Result<State, Error> {
-        Ok(store::read(path)?.unwrap_or_default())
+        Ok(files::find_json(path)?.unwrap_or_default())
     }
 
     pub(super) fn write(&self, path: &Path) -> Result<(), Error> {
-        Ok(store::write(path, self)?)
+        Ok(files::write_json(path, self)?)
     }
 
     /// Gives an address of a subnet to a container: this one, or any that is free.
@@ -144,20 +144,20 @@ impl Records {
     }
 
     pub(super) fn get(&self, id: &str) -> Result<Option<Record>, Error> {
-        Ok(store::read(&self.path(id))?)
+        Ok(files::find_json(&self.path(id))?)
     }
 
     pub(super) fn put(&self, record: &Record) -> Result<(), Error> {
-        store::make_directory(&self.0)?;
-        Ok(store::write(&self.path(&record.id), record)?)
+        files::make_open_directory(&self.0)?;
+        Ok(files::write_json(&self.path(&record.id), record)?)
     }
 
     pub(super) fn remove(&self, id: &str) -> Result<(), Error> {
-        Ok(store::remove(&self.path(id))?)
+        Ok(files::remove_file(&self.path(id))?)
     }
 
     pub(super) fn ids(&self) -> Result<Vec<String>, Error> {
-        let names = store::names(&self.0)?;
+        let names = files::names(&self.0)?;
         Ok(names.iter().filter_map(|name| name.strip_suffix(".json")).map(str::to_owned).collect())
     }
 

@@ -13,7 +13,6 @@ mod turn;
 use std::fs;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
@@ -23,7 +22,7 @@ use self::clients::Clients;
 use self::protocol::Event;
 use super::backend::{self, WindowSize};
 use super::config::{ContainerConfig, Restart};
-use super::files::Lock;
+use super::files::{self, Lock, host};
 use super::log;
 use super::prepare;
 use super::records::{self, Records};
@@ -49,17 +48,9 @@ pub enum Error {
     /// The container.
     #[error(transparent)]
     Backend(#[from] backend::Error),
-    /// The supervisor's own means.
-    #[error("cannot {what} {path:?}")]
-    Host {
-        /// What was being done.
-        what: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
+    /// The supervisor's own files.
+    #[error(transparent)]
+    File(#[from] files::Error),
     /// The supervisor's own means.
     #[error("cannot wait for events")]
     Wait(#[source] io::Error),
@@ -95,10 +86,6 @@ pub fn supervise(records: &Records, config: ContainerConfig, life: Lock, first: 
     // Before anybody can take the life and find things half cleared.
     drop(life);
     tracing::debug!("container {} has ended", records::short(&id));
-}
-
-fn host(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Host { what, path: path.into(), source }
 }
 
 struct Supervisor<'a> {

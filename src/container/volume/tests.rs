@@ -53,7 +53,7 @@ fn volume_in_use_is_not_removed() {
     assert!(volumes.users("data").unwrap().is_empty());
     volumes.remove("data").unwrap();
     assert!(matches!(volumes.remove("data"), Err(Error::Missing(_))));
-    assert_eq!(store::names(&directory.path().join("volumes")).unwrap(), ["lock"]);
+    assert_eq!(files::names(&directory.path().join("volumes")).unwrap(), ["lock"]);
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn empty_volume_takes_everything_that_the_image_has() {
         assert_eq!(&value[..len], b"kept");
     }
     assert_eq!(
-        store::names(&directory.path().join("volumes/data")).unwrap(),
+        files::names(&directory.path().join("volumes/data")).unwrap(),
         ["_data", "lock", "users", "volume.json"]
     );
 

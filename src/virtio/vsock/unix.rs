@@ -16,6 +16,7 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 use vm_memory::{ReadVolatile, VolatileMemoryError, WriteVolatile};
 
 use super::muxer::{End, Host, Key, Readiness, Stream};
+use crate::sandbox;
 use crate::socket::SocketFile;
 use crate::virtio::spec::vsock::PORT_ANY;
 use crate::virtio::{Reader, Writer};
@@ -269,7 +270,9 @@ impl Host for UnixHost {
     type Stream = UnixStream;
 
     fn connect(&mut self, port: u32) -> io::Result<UnixStream> {
-        let mut path = self.file.path().as_os_str().to_owned();
+        let path = self.file.path();
+        let name = path.file_name().filter(|_| sandbox::is_jailed());
+        let mut path = name.unwrap_or(path.as_os_str()).to_owned();
         path.push(format!("_{port}"));
         connect(Path::new(&path))
     }

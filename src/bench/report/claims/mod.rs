@@ -185,8 +185,10 @@ fn answer(info: &Info, judgement: Judgement, evidence: &[Evidence]) -> String {
     let measured = |count| format::counted(count, "measurement", "measurements");
     let first = match judgement {
         Judgement::Confirmed if agree == 1 => "The one measurement agrees".to_owned(),
+        Judgement::Confirmed if agree == 2 => "Both measurements agree".to_owned(),
         Judgement::Confirmed => format!("All {} agree", measured(agree)),
         Judgement::Refuted if disagree == 1 => "The one measurement disagrees".to_owned(),
+        Judgement::Refuted if disagree == 2 => "Both measurements disagree".to_owned(),
         Judgement::Refuted => format!("All {} disagree", measured(disagree)),
         Judgement::Mixed => format!("Of {}, {agree} agree and {disagree} do not", measured(agree + disagree)),
         Judgement::Undecided => format!("{}, with too few samples to say", measured(unsure)),
@@ -382,6 +384,7 @@ impl Test {
                 (metric, Says::Neither, text, None, vec![series.executor.as_str()])
             }
         };
+        let text = format::capitalised(&text);
         Some((Evidence { probe: self.probe(), metric, says, text, interval }, executors))
     }
 }

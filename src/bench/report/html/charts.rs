@@ -39,9 +39,8 @@ pub fn advantages(summary: &Summary, rulings: &[Ruling]) -> Plot {
             Outcome::TooFew => "too few samples".into(),
         };
         let dot = if ruling.winner().is_some() { Mark::Dot(ratio) } else { Mark::Ring(ratio) };
-        let winner = ruling.winner().map_or(String::new(), |winner| format!(": {}", winner.title));
         let marks = span.into_iter().chain([(dot, colour)]).collect();
-        Some(Row { label: format!("{}{winner}", ruling.title), figure, marks })
+        Some(Row { label: ruling.title.clone(), figure, marks })
     };
     Plot {
         title: "How many times better each is, by dimension, with intervals".into(),

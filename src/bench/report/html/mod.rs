@@ -233,8 +233,9 @@ fn answer(claim: &Claim) -> Markup {
         @if !claim.evidence.is_empty() || !claim.missing.is_empty() {
             details {
                 summary {
-                    (format::counted(claim.evidence.len(), "figure or fact", "figures and facts"))
-                    @if !claim.missing.is_empty() { ", " (claim.missing.len()) " not measured" }
+                    @if !claim.evidence.is_empty() { (format::counted(claim.evidence.len(), "figure or fact", "figures and facts")) }
+                    @if !claim.evidence.is_empty() && !claim.missing.is_empty() { ", " }
+                    @if !claim.missing.is_empty() { (claim.missing.len()) " not measured" }
                 }
                 ul.evidence {
                     @for found in &claim.evidence {

@@ -130,10 +130,7 @@ pub fn marked(warnings: &[String]) -> String {
 pub fn figure_cells(series: &Series) -> [Cell; 2] {
     let median = series.quantiles.median;
     if series.values.is_empty() {
-        return [
-            Cell::text("–".into()).of("number").with_small(reasons(&series.failures)),
-            Cell::number("0".into(), 0.0),
-        ];
+        return [Cell::text("–".into()).with_small(reasons(&series.failures)), Cell::number("0".into(), 0.0)];
     }
     let interval =
         series.interval.map_or(String::new(), |interval| format::interval(series.unit, median, interval));
@@ -145,6 +142,18 @@ pub fn figure_cells(series: &Series) -> [Cell; 2] {
         Cell::number(format::figure(series.unit, median), median).with_small(interval),
         Cell::number(series.values.len().to_string(), series.values.len() as f64).with_small(outliers),
     ]
+}
+
+/// Rows of a table beside a chart at most; of more, the table is folded.
+const UNFOLDED_ROWS: usize = 24;
+
+/// A table that is folded where it is long.
+fn folded(rows: usize, table: Markup) -> Markup {
+    html! {
+        @if rows > UNFOLDED_ROWS {
+            details { summary { "Table of " (rows) " figures" } (table) }
+        } @else { (table) }
+    }
 }
 
 /// A chart with its table beside it.
@@ -179,7 +188,7 @@ fn start(summary: &Summary) -> Markup {
         @for (metric, title) in [("first_output", "Start"), ("first_http", "First HTTP answer"), ("stop", "Stop")] {
             (chart(title, html! {
                 p {
-                    (verdict::metric_title(summary, "start", metric)) ". Each dot is a sample, the upright line the median, the "
+                    (format::capitalised(&verdict::metric_title(summary, "start", metric))) ". Each dot is a sample, the upright line the median, the "
                     "bar through it its interval, and rings are outliers. The axis is logarithmic."
                 }
                 (isolation_legend(summary))
@@ -341,6 +350,7 @@ fn costs(summary: &Summary) -> Markup {
         Column::number("Median"),
         Column::number("Beside the first"),
     ];
+    let count = operations.iter().map(Vec::len).sum();
     let rows = operations.iter().flat_map(|of_metric| {
         let first = of_metric.first().map_or(0.0, |first| first.quantiles.median);
         of_metric.iter().map(move |series| {
@@ -366,7 +376,7 @@ fn costs(summary: &Summary) -> Markup {
             (isolation_legend(summary))
         },
         &charts::costs(summary),
-        sortable("Cost of an operation", &columns, rows.take(MAX_ROWS).collect()),
+        folded(count, sortable("Cost of an operation", &columns, rows.take(MAX_ROWS).collect())),
     )
 }
 
