@@ -264,7 +264,8 @@ fn memory_taken_on_purpose_is_found() {
         let mut arguments = vec!["--with", "process,rvmm-native", "--runs", "3", "--probe", "memory"];
         arguments.extend(more);
         let summary = summarise(&rig.run(out, &arguments));
-        ["process", "rvmm-native"].map(|name| summary.series("memory", "pss", name).unwrap().quantiles.median)
+        ["process", "rvmm-native"]
+            .map(|name| summary.series("memory", "workload", name).unwrap().quantiles.median)
     };
     let without = workload("without", &[]);
     let with = workload("with", &["--memory-on-purpose", &bytes]);

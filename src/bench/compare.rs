@@ -223,7 +223,7 @@ fn probes(request: &Request) -> Result<Vec<Box<dyn Probe>>, Error> {
         return Ok(probe::all().into_iter().filter(|probe| probe.is_quick() || !request.quick).collect());
     }
     let wanted = |name: &&str| request.probes.iter().any(|wanted| wanted == name);
-    let chosen = probe::all().into_iter().filter(|probe| probe.names().iter().any(|name| wanted(name)));
+    let chosen = probe::all().into_iter().filter(|probe| probe.names().iter().any(&wanted));
     // The groups of one helper's run are probes of their own, and only those asked for are run.
     let narrowed = chosen.map(|probe| match probe.names().len() {
         1 => probe,
@@ -357,7 +357,7 @@ fn plan(
             name: info.name.into(),
             title: info.title.into(),
             runs: if exact { 1 } else { runs },
-            warmups: u32::from(!exact && !(slow && request.quick)),
+            warmups: u32::from(!(exact || slow && request.quick)),
             left_out: None,
         });
         metrics.extend(catalogue::metrics(info));

@@ -50,6 +50,8 @@ const EXECUTORS: [&str; 6] = ["process", "rvmm-native", "crun", "docker", "rvmm-
 const KIB: f64 = 1024.0;
 const MIB: f64 = 1024.0 * KIB;
 
+// They are figures, whatever constants they lie near.
+#[allow(clippy::approx_constant)]
 /// Figures like those of a host with hardware virtualisation, one column for each of `EXECUTORS`.
 fn figures() -> Vec<(&'static str, &'static str, [Made; 6])> {
     let own = || Text("its own");

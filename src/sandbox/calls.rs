@@ -187,7 +187,6 @@ const FS: &[Rule] = &[
     any(libc::SYS_sendto),                 // requests to it
     one_of(libc::SYS_ioctl, 1, &[0x5421]), // FIONBIO: it must not block
     any(libc::SYS_poll),                   // waits for what is on its way when the VM is paused
-    any(libc::SYS_mremap),                 // buffers that grow
 ];
 
 /// The thread that starts device threads. What it may not do, they may not do either, so its list holds theirs.
@@ -205,7 +204,6 @@ const LAUNCHER: &[Rule] = &[
     any(libc::SYS_epoll_create1),                                          // a device that starts
     any(libc::SYS_timerfd_create),                                         // a device that starts
     any(libc::SYS_eventfd2),                                               // a device that starts
-    any(libc::SYS_mremap),                                                 // the heap
 ];
 
 /// The thread that writes the guest's console.

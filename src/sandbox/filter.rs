@@ -27,6 +27,8 @@ pub(super) fn compile(kind: Kind) -> Result<BpfProgram, BackendError> {
         let check = Rule { call: libc::SYS_fcntl, arguments: Arguments::OneOf(1, questions) };
         rules.entry(check.call).or_default().extend(conditions(&check)?);
     }
+    // Trapped it would not get as far as to be refused.
+    unconditional.push(libc::SYS_mremap);
     // Without rules a call is allowed with any arguments.
     for call in unconditional {
         rules.insert(call, Vec::new());
@@ -43,10 +45,13 @@ fn otherwise() -> SeccompAction {
     SeccompAction::Trap
 }
 
-/// Makes the filter that has `clone3` fail as on a kernel that does not know it. The C library uses `clone` then, whose
-/// flags a filter can see.
-pub(super) fn without_clone3() -> Result<BpfProgram, BackendError> {
-    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+/// Makes the filter that has some calls fail as on a kernel that does not know them: `mremap`, instead of which the C
+/// library copies; and for the launcher `clone3`, instead of which it uses `clone`, whose flags a filter can see.
+pub(super) fn refusing(kind: Kind) -> Result<BpfProgram, BackendError> {
+    let mut rules = BTreeMap::from([(libc::SYS_mremap, Vec::new())]);
+    if kind == Kind::Launcher {
+        rules.insert(libc::SYS_clone3, Vec::new());
+    }
     let unknown = SeccompAction::Errno(libc::ENOSYS as u32);
     SeccompFilter::new(rules, SeccompAction::Allow, unknown, TargetArch::x86_64)?.try_into()
 }

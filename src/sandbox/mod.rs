@@ -182,8 +182,9 @@ pub fn enter(kind: Kind) -> Result<(), Error> {
 }
 
 fn filter_calls(kind: Kind) -> Result<(), Error> {
-    if kind == Kind::Launcher {
-        let unknown = filter::without_clone3().map_err(Error::Compile)?;
+    // Device threads inherit the launcher's.
+    if matches!(kind, Kind::Launcher | Kind::Vcpu | Kind::Console) {
+        let unknown = filter::refusing(kind).map_err(Error::Compile)?;
         seccompiler::apply_filter(&unknown).map_err(Error::Filter)?;
     }
     if kind != Kind::Vcpu {

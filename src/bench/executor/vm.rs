@@ -235,7 +235,15 @@ impl Executor for Vm {
                 }
                 // Two machines must not write to one disk: each has a copy, whose holes are not copied.
                 let disk = self.directory.join(format!("{}.ext4", job.name));
-                fs::copy(self.disk(), &disk).map_err(|source| Error::File { path: disk.clone(), source })?;
+                let copied = std::process::Command::new("cp")
+                    .arg("--sparse=always")
+                    .args([&self.disk(), &disk])
+                    .status()
+                    .and_then(|status| match status.success() {
+                        true => Ok(()),
+                        false => Err(std::io::Error::other("cp failed")),
+                    });
+                copied.map_err(|source| Error::File { path: disk.clone(), source })?;
                 argv.push(self.rvmm.to_string_lossy().into_owned());
                 argv.extend(["--kernel".into(), kernel, "--initrd".into(), initrd]);
                 argv.extend(["--rootfs".into(), disk.to_string_lossy().into_owned()]);

@@ -17,6 +17,8 @@ const LIMIT_BYTES: u64 = 96 << 20;
 const GREEDY_PROCESSES: u32 = 300;
 const LIMIT_PROCESSES: u32 = 100;
 
+type Measure = fn(&Context, &dyn Executor) -> Result<Found, Error>;
+
 /// Facts and attempts.
 pub struct Isolation;
 
@@ -45,7 +47,7 @@ impl Probe for Isolation {
             }
         }
         if !context.quick {
-            let more: [(&str, fn(&Context, &dyn Executor) -> Result<Found, Error>); 3] = [
+            let more: [(&str, Measure); 3] = [
                 ("escape_memory", take_memory),
                 ("escape_processes", make_processes),
                 ("syscalls_used", trace),

@@ -157,7 +157,11 @@ fn figure_row(summary: &Summary, series: &Series, paint: Paint) -> Vec<Cell> {
         return vec![name, Cell::right(paint.dim("–")), Cell::left(paint.dim(&reasons(&series.failures)))];
     }
     let median = series.quantiles.median;
-    let beside = summary.comparison(&series.probe, &series.metric, &summary.plan.baseline, &series.executor);
+    let baseline = &summary.plan.baseline;
+    let measured =
+        summary.series(&series.probe, &series.metric, baseline).filter(|found| !found.values.is_empty());
+    let beside =
+        measured.and_then(|_| summary.comparison(&series.probe, &series.metric, baseline, &series.executor));
     let beside = beside.map_or(String::new(), |found| match (found.verdict, found.ratio) {
         (Verdict::NoDifference, _) => paint.dim("no difference found"),
         (Verdict::TooFew, _) => paint.dim("too few samples"),

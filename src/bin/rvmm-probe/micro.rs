@@ -47,7 +47,12 @@ pub fn run(names: &str, milliseconds: u64) -> Result<(), Failure> {
                 note("read", cost(time, |count| repeat(count, || Ok(zero.read_exact(&mut byte)?)))?);
                 note(
                     "stat",
-                    cost(time, |count| repeat(count, || Ok(drop(black_box(std::fs::metadata("/")?)))))?,
+                    cost(time, |count| {
+                        repeat(count, || {
+                            black_box(std::fs::metadata("/")?);
+                            Ok(())
+                        })
+                    })?,
                 );
             }
             "fault" => {

@@ -24,6 +24,7 @@ use super::backend::{self, WindowSize};
 use super::config::{ContainerConfig, Restart};
 use super::files::{self, Lock, host};
 use super::log;
+use super::namespace;
 use super::prepare;
 use super::records::{self, Records};
 use super::state::{State, Status, now_ns};
@@ -209,6 +210,8 @@ impl<'a> Supervisor<'a> {
         {
             tracing::error!("{}", crate::error_chain(&error));
         }
+        // Whoever hears of the end finds nothing left.
+        namespace::leave(roots);
         self.clients.accept();
         self.clients.dismiss(event);
         self.farewell();

@@ -86,7 +86,7 @@ pub enum Judgement {
     Refuted,
     /// Some agrees and some does not.
     Mixed,
-    /// Too few samples to say.
+    /// Too few samples to say, or only one of two sides was measured.
     Undecided,
     /// Nothing that speaks to it was measured in this run.
     NotMeasured,
@@ -144,13 +144,17 @@ pub fn claims(summary: &Summary) -> Vec<Claim> {
 
 fn claim(summary: &Summary, number: usize, info: &Info) -> Claim {
     let (mut evidence, mut missing, mut probes, mut warnings) = (vec![], vec![], vec![], vec![]);
+    let (mut wanted, mut heard) = ((false, false), (false, false));
     for test in info.tests {
         let probe = test.probe();
         if !probe.is_empty() && !probes.contains(&probe) {
             probes.push(probe);
         }
+        let speaks_of = test.speaks_of();
+        wanted = (wanted.0 | speaks_of.0, wanted.1 | speaks_of.1);
         match test.ask(summary) {
             Some((found, executors)) => {
+                heard = (heard.0 | speaks_of.0, heard.1 | speaks_of.1);
                 for code in verdict::warnings(summary, probe, &executors) {
                     if !warnings.contains(&code) {
                         warnings.push(code);
@@ -162,8 +166,19 @@ fn claim(summary: &Summary, number: usize, info: &Info) -> Claim {
         }
     }
     missing.dedup();
-    let judgement = judge(info, &evidence);
-    let answer = answer(info, judgement, &evidence);
+    // What is said of both is not decided by one of them.
+    let unheard = match () {
+        () if wanted.0 && !heard.0 => Some("a container"),
+        () if wanted.1 && !heard.1 => Some("a virtual machine"),
+        () => None,
+    };
+    let judgement = match judge(info, &evidence) {
+        Judgement::Confirmed | Judgement::Refuted | Judgement::Mixed if unheard.is_some() => {
+            Judgement::Undecided
+        }
+        judgement => judgement,
+    };
+    let answer = answer(info, judgement, &evidence, unheard);
     Claim { number, claim: info.claim, judgement, answer, evidence, missing, probes, warnings }
 }
 
@@ -179,7 +194,7 @@ fn judge(info: &Info, evidence: &[Evidence]) -> Judgement {
     }
 }
 
-fn answer(info: &Info, judgement: Judgement, evidence: &[Evidence]) -> String {
+fn answer(info: &Info, judgement: Judgement, evidence: &[Evidence], unheard: Option<&str>) -> String {
     let count = |says| evidence.iter().filter(|found| found.says == says).count();
     let (agree, disagree, unsure) = (count(Says::For), count(Says::Against), count(Says::Unsure));
     let measured = |count| format::counted(count, "measurement", "measurements");
@@ -191,6 +206,10 @@ fn answer(info: &Info, judgement: Judgement, evidence: &[Evidence]) -> String {
         Judgement::Refuted if disagree == 2 => "Both measurements disagree".to_owned(),
         Judgement::Refuted => format!("All {} disagree", measured(disagree)),
         Judgement::Mixed => format!("Of {}, {agree} agree and {disagree} do not", measured(agree + disagree)),
+        Judgement::Undecided if agree + disagree > 0 => format!(
+            "What would decide it in {} was not measured; of the rest, {agree} agree and {disagree} do not",
+            unheard.unwrap_or_default()
+        ),
         Judgement::Undecided => format!("{}, with too few samples to say", measured(unsure)),
         Judgement::NotMeasured if evidence.is_empty() => return "Not measured in this run.".into(),
         Judgement::NotMeasured => "What would decide it was not measured in this run".to_owned(),
@@ -266,6 +285,20 @@ impl Test {
             Test::Fact(probe, ..) | Test::Figure(probe, ..) | Test::PerMinute(probe, ..) => probe,
             Test::Ran(..) => "start",
             Test::NoProbe(_) => "",
+        }
+    }
+
+    /// Whether it decides something about containers, and about virtual machines.
+    fn speaks_of(&self) -> (bool, bool) {
+        let of = |sides: &[Side]| {
+            let container = sides.iter().any(|side| matches!(side, Side::Container));
+            (container, sides.iter().any(|side| !matches!(side, Side::Container | Side::Process)))
+        };
+        match self {
+            Test::Better(_, _, a, b) | Test::Same(_, _, a, b) => of(&[*a, *b]),
+            Test::Within(_, _, side, ..) | Test::Fact(_, _, side, ..) | Test::Ran(side, _) => of(&[*side]),
+            Test::Beyond(_, (_, a), (_, b)) => of(&[*a, *b]),
+            Test::Figure(..) | Test::PerMinute(..) | Test::NoProbe(_) => (false, false),
         }
     }
 

@@ -79,6 +79,20 @@ fn slower_vm_is_confirmed_and_faster_refuted() {
 }
 
 #[test]
+fn one_side_alone_decides_nothing_that_is_said_of_both() {
+    let mut results = testing::results(1);
+    results
+        .samples
+        .retain(|sample| ["process", "rvmm-native", "crun", "docker"].contains(&sample.executor.as_str()));
+    for number in [1, 2, 4, 5, 6] {
+        let claim = judged(&results, number);
+        assert_eq!(claim.judgement, Judgement::Undecided, "{claim:?}");
+        assert!(claim.answer.contains("in a virtual machine was not measured"), "{claim:?}");
+    }
+    assert_eq!(judged(&results, 8).judgement, Judgement::Confirmed, "it is of containers alone");
+}
+
+#[test]
 fn few_samples_leave_a_comparison_undecided() {
     let mut results = testing::made_up(1, 3);
     results.samples.retain(|sample| sample.metric == "random");
