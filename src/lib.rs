@@ -35,6 +35,7 @@ pub mod metrics;
 pub mod platform;
 pub mod program;
 pub mod sandbox;
+pub mod snapshot_files;
 pub mod socket;
 pub mod tap;
 pub mod terminal;

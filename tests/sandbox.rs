@@ -79,14 +79,14 @@ fn threads_cannot_get_out() {
     assert!(!path("vsock").exists() && !path("api").exists(), "sockets are left");
 }
 
-fn status_of(pid: u32, field: &str) -> String {
+pub fn status_of(pid: u32, field: &str) -> String {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap_or_default();
     line.trim_start_matches(':').trim().to_owned()
 }
 
 /// Threads of a process, by name.
-fn threads(pid: u32) -> Vec<(u32, String)> {
+pub fn threads(pid: u32) -> Vec<(u32, String)> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
     tasks
         .filter_map(|task| {
@@ -126,7 +126,7 @@ fn walls_are_up_by_default_and_down_on_demand() {
 }
 
 /// The one child of a process.
-fn child_of(parent: u32) -> u32 {
+pub fn child_of(parent: u32) -> u32 {
     let processes = fs::read_dir("/proc").unwrap().flatten();
     let mut ids = processes.filter_map(|process| process.file_name().to_str()?.parse::<u32>().ok());
     ids.find(|id| {
@@ -138,7 +138,7 @@ fn child_of(parent: u32) -> u32 {
     .expect("a child")
 }
 
-fn jailed(place: &std::path::Path, extra: &str) -> String {
+pub fn jailed(place: &std::path::Path, extra: &str) -> String {
     fs::create_dir_all(place.join("jail")).unwrap();
     format!("{}{extra}", place.join("jail").display())
 }

@@ -26,6 +26,7 @@ mod rng;
 mod rootless;
 mod sandbox;
 mod services;
+mod snapshot;
 mod support;
 mod terminal;
 mod tidy;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const MAX_FILE_BYTES: u64 = 32 << 10;
 
 /// What each top-level module may use of the others. `platform` and `program` are for all.
-const MAY_USE: [(&str, &[&str]); 25] = [
+const MAY_USE: [(&str, &[&str]); 26] = [
     ("bench", &[]),
     (
         "cli",
@@ -44,6 +44,7 @@ const MAY_USE: [(&str, &[&str]); 25] = [
             "memory",
             "metrics",
             "sandbox",
+            "snapshot_files",
             "socket",
             "tap",
             "terminal",
@@ -63,7 +64,8 @@ const MAY_USE: [(&str, &[&str]); 25] = [
     ("platform", &[]),
     ("program", &[]),
     ("metrics", &[]),
-    ("sandbox", &["disk", "terminal"]),
+    ("sandbox", &["disk", "snapshot_files", "terminal"]),
+    ("snapshot_files", &[]),
     ("socket", &["sandbox"]),
     ("tap", &[]),
     ("terminal", &[]),

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::vm::config::{self, Cpu, CpuTemplate, DiskCache, DiskIo, VmConfig};
-use crate::vm::control::{BalloonReport, Bucket, Limits, LimitsChange, State};
+use crate::vm::control::{BalloonReport, Bucket, Limits, LimitsChange, Load, State};
+use crate::vm::snapshot::{DiskOverride, NetOverride, Overrides, Place};
 
 /// Answer to `GET /`.
 #[derive(Serialize)]
@@ -52,6 +53,120 @@ pub struct Vm {
 pub enum VmState {
     Paused,
     Resumed,
+}
+
+/// Body of `PUT /snapshot/create`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotCreate {
+    snapshot_type: Option<SnapshotType>,
+    snapshot_path: PathBuf,
+    /// Beside the state file, under a name of its own, where it is left out.
+    mem_file_path: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+enum SnapshotType {
+    Full,
+    Diff,
+}
+
+impl SnapshotCreate {
+    pub fn place(self) -> Result<Place, &'static str> {
+        match self.snapshot_type {
+            None | Some(SnapshotType::Full) => {
+                Ok(Place { state: self.snapshot_path, memory: self.mem_file_path })
+            }
+            Some(SnapshotType::Diff) => Err("there are no differential snapshots: ask for a full one"),
+        }
+    }
+}
+
+/// Body of `PUT /snapshot/load`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotLoad {
+    snapshot_path: PathBuf,
+    mem_file_path: Option<PathBuf>,
+    mem_backend: Option<MemoryBackend>,
+    #[serde(default)]
+    enable_diff_snapshots: bool,
+    #[serde(default)]
+    track_dirty_pages: bool,
+    #[serde(default)]
+    resume_vm: bool,
+    #[serde(default)]
+    network_overrides: Vec<NetworkOverride>,
+    #[serde(default)]
+    drive_overrides: Vec<DriveOverride>,
+    vsock_override: Option<VsockOverride>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MemoryBackend {
+    backend_path: PathBuf,
+    backend_type: BackendType,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+enum BackendType {
+    File,
+    Uffd,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NetworkOverride {
+    iface_id: String,
+    host_dev_name: String,
+}
+
+/// Not Firecracker's.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DriveOverride {
+    drive_id: String,
+    path_on_host: PathBuf,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VsockOverride {
+    uds_path: PathBuf,
+}
+
+impl SnapshotLoad {
+    pub fn load(self) -> Result<Load, &'static str> {
+        if self.enable_diff_snapshots || self.track_dirty_pages {
+            return Err("there are no differential snapshots, so pages that change are not tracked");
+        }
+        let memory = match (self.mem_file_path, self.mem_backend) {
+            (Some(_), Some(_)) => return Err("mem_file_path and mem_backend say the same; give one of them"),
+            (_, Some(MemoryBackend { backend_type: BackendType::Uffd, .. })) => {
+                return Err("the memory backend Uffd is not supported; use File");
+            }
+            (_, Some(MemoryBackend { backend_path, .. })) => Some(backend_path),
+            (path, None) => path,
+        };
+        let disk = |drive: DriveOverride| DiskOverride {
+            id: drive.drive_id,
+            path: drive.path_on_host,
+            ..DiskOverride::default()
+        };
+        let net = |net: NetworkOverride| NetOverride {
+            id: net.iface_id,
+            tap: net.host_dev_name,
+            ..NetOverride::default()
+        };
+        let overrides = Overrides {
+            disks: self.drive_overrides.into_iter().map(disk).collect(),
+            nets: self.network_overrides.into_iter().map(net).collect(),
+            vsock: self.vsock_override.map(|socket| socket.uds_path),
+            ..Overrides::default()
+        };
+        Ok(Load { place: Place { state: self.snapshot_path, memory }, overrides, resume: self.resume_vm })
+    }
 }
 
 /// Body of `PUT /actions`.

@@ -22,7 +22,7 @@ use tokio::time::timeout;
 
 use super::routes::{self, Answer, Fault, Route, Shape};
 use super::setup::Setup;
-use crate::vm::control::{self, Command, Control};
+use crate::vm::control::{self, Command, Control, Load};
 use crate::{metrics, sandbox};
 
 /// Bytes of a request's body; Firecracker's limit.
@@ -59,6 +59,7 @@ pub(super) enum Phase {
 /// A start that was asked for, and who waits for what comes of it.
 pub(super) struct Start {
     pub(super) setup: Setup,
+    pub(super) load: Option<Box<Load>>,
     pub(super) answer: oneshot::Sender<Result<(), String>>,
 }
 
@@ -157,6 +158,14 @@ enum Next {
     Start(oneshot::Receiver<Result<(), String>>),
 }
 
+/// Asks for a start.
+fn start(starts: &UnboundedSender<Start>, setup: &Setup, load: Option<Box<Load>>) -> Result<Next, Fault> {
+    let (answer, receiver) = oneshot::channel();
+    let start = Start { setup: setup.clone(), load, answer };
+    starts.send(start).map_err(|_| Fault::from(control::Error::Ended))?;
+    Ok(Next::Start(receiver))
+}
+
 async fn try_respond(request: Request<Incoming>, shared: &Shared) -> Result<Answer, Fault> {
     let (head, body) = request.into_parts();
     let body = read_body(body).await?;
@@ -169,7 +178,9 @@ async fn try_respond(request: Request<Incoming>, shared: &Shared) -> Result<Answ
             (Phase::Running(control), Route::Command(command, shape)) => {
                 Next::Send(control.clone(), command, shape)
             }
-            (Phase::Running(_), Route::Part(_) | Route::Start) => return Err(routes::after_start()),
+            (Phase::Running(_), Route::Part(_) | Route::Start | Route::Load(_)) => {
+                return Err(routes::after_start());
+            }
             (Phase::Setup(setup, _), Route::Command(command, shape)) => {
                 return Answer::of_setup(&command, shape, &setup.config, &shared.id);
             }
@@ -180,10 +191,15 @@ async fn try_respond(request: Request<Incoming>, shared: &Shared) -> Result<Answ
                 if setup.config.kernel.is_none() {
                     return Err(Fault::bad_request("Cannot start microvm without kernel configuration."));
                 }
-                let (answer, receiver) = oneshot::channel();
-                let start = Start { setup: (**setup).clone(), answer };
-                starts.send(start).map_err(|_| Fault::from(control::Error::Ended))?;
-                Next::Start(receiver)
+                start(starts, setup, None)?
+            }
+            (Phase::Setup(setup, starts), Route::Load(load)) => {
+                if setup.has_parts {
+                    return Err(Fault::bad_request(
+                        "Loading a microVM snapshot not allowed after configuring boot-specific resources.",
+                    ));
+                }
+                start(starts, setup, Some(load))?
             }
         }
     };

@@ -7,6 +7,7 @@
 //! [`Command`]: crate::vm::control::Command
 
 mod bodies;
+pub mod client;
 mod http;
 mod routes;
 mod setup;
@@ -14,17 +15,22 @@ mod setup;
 pub use setup::{Logger, Setup};
 
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
 
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::oneshot;
 
 use crate::socket::{self, SocketFile};
-use crate::vm::control::Control;
+use crate::vm::control::{Control, Load};
 
 /// Enough for runtime and HTTP; pages that are not touched cost nothing.
 const STACK_BYTES: usize = 512 << 10;
@@ -72,6 +78,8 @@ pub struct Waiting {
 pub struct Start {
     /// What it is made of.
     pub setup: Setup,
+    /// The snapshot that it is made of instead. Log and metrics are those of the description.
+    pub load: Option<Box<Load>>,
     answer: oneshot::Sender<Result<(), String>>,
 }
 
@@ -84,6 +92,30 @@ impl Start {
     /// Takes the description out.
     pub fn take_setup(&mut self) -> Setup {
         std::mem::take(&mut self.setup)
+    }
+}
+
+/// The signals that end a process, which are read from a descriptor as long as this value is there.
+struct BlockedSignals {
+    fd: SignalFd,
+    before: SigSet,
+}
+
+impl BlockedSignals {
+    fn new() -> io::Result<BlockedSignals> {
+        let before = SigSet::thread_get_mask()?;
+        let set: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+        set.thread_block()?;
+        let fd = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        Ok(BlockedSignals { fd, before })
+    }
+}
+
+impl Drop for BlockedSignals {
+    fn drop(&mut self) {
+        // One that came is taken, or it would end the process without a word.
+        while let Ok(Some(_)) = self.fd.read_signal() {}
+        let _ = self.before.thread_set_mask();
     }
 }
 
@@ -110,12 +142,25 @@ impl Socket {
 }
 
 impl Waiting {
-    /// Serves clients until one starts the VM. Those that come later wait until [`Self::serve`].
-    pub fn wait(&mut self) -> Result<Start, Error> {
-        let start = self.runtime.block_on(self.starts.recv());
-        let http::Start { setup, answer } =
-            start.ok_or_else(|| Error::Serve(io::ErrorKind::BrokenPipe.into()))?;
-        Ok(Start { setup, answer })
+    /// Serves clients until one starts the VM, or a signal asks for the end: `None`. Those that come later wait until
+    /// [`Self::serve`].
+    pub fn wait(&mut self) -> Result<Option<Start>, Error> {
+        let signals = BlockedSignals::new().map_err(Error::Serve)?;
+        let Waiting { runtime, starts, .. } = self;
+        let next = runtime.block_on(async {
+            // What it warns of is a descriptor that is closed too early; this one is borrowed.
+            #[allow(deprecated)]
+            let signals = AsyncFd::with_interest(signals.fd.as_fd(), Interest::READABLE)?;
+            std::future::poll_fn(|context| {
+                if let Poll::Ready(start) = starts.poll_recv(context) {
+                    return Poll::Ready(start.map(Some).ok_or_else(|| io::ErrorKind::BrokenPipe.into()));
+                }
+                signals.poll_read_ready(context).map(|ready| ready.map(|_| None))
+            })
+            .await
+        });
+        let start: Option<http::Start> = next.map_err(Error::Serve)?;
+        Ok(start.map(|http::Start { setup, load, answer }| Start { setup, load, answer }))
     }
 
     /// Tells the client that the VM has started, and serves it and all others on a thread of its own.

@@ -7,12 +7,13 @@ use serde::de::DeserializeOwned;
 
 use super::bodies::{
     self, Action, ActionType, Balloon, BalloonStatsUpdate, BalloonUpdate, FullVmConfiguration, InstanceInfo,
-    MachineConfiguration, PartialDrive, PartialNetworkInterface, Version, Vm, VmState,
+    MachineConfiguration, PartialDrive, PartialNetworkInterface, SnapshotCreate, SnapshotLoad, Version, Vm,
+    VmState,
 };
 use super::setup::{Drive, MachineConfig, NetworkInterface, Part};
 use crate::metrics;
 use crate::vm::config::{Size, VmConfig};
-use crate::vm::control::{self, Command, Reply};
+use crate::vm::control::{self, Command, Load, Reply};
 
 const JSON: &str = "application/json";
 const OK: u16 = 200;
@@ -95,7 +96,8 @@ impl From<control::Error> for Fault {
         let status = match error {
             control::Error::Ended | control::Error::Busy => SERVICE_UNAVAILABLE,
             control::Error::Pause(_) => INTERNAL_SERVER_ERROR,
-            control::Error::NoBalloon
+            control::Error::Save(_)
+            | control::Error::NoBalloon
             | control::Error::NoStatistics
             | control::Error::BalloonTooLarge { .. }
             | control::Error::NoDisk(_)
@@ -129,6 +131,8 @@ pub enum Route {
     Part(Part),
     /// The start.
     Start,
+    /// The start from a snapshot.
+    Load(Box<Load>),
 }
 
 /// Finds out what a request asks for.
@@ -197,7 +201,12 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Route, Fault> {
         ("PUT", ["logger"]) => Route::Part(Part::Logger(parse(body)?)),
         ("PUT", ["metrics"]) => Route::Part(Part::Metrics(parse(body)?)),
         ("PUT", ["serial"]) => Route::Part(Part::Serial(parse(body)?)),
-        ("PUT", ["snapshot", "create" | "load"]) => return Err(not_yet("Snapshots")),
+        ("PUT", ["snapshot", "create"]) => {
+            done(Command::Save(parse::<SnapshotCreate>(body)?.place().map_err(Fault::bad_request)?))
+        }
+        ("PUT", ["snapshot", "load"]) => {
+            Route::Load(Box::new(parse::<SnapshotLoad>(body)?.load().map_err(Fault::bad_request)?))
+        }
         ("PUT" | "PATCH" | "GET", ["mmds"]) | ("PUT", ["mmds", "config"]) => {
             return Err(not_yet("The metadata service (MMDS)"));
         }
@@ -293,6 +302,7 @@ mod tests {
     use super::*;
 
     use crate::vm::control::{Bucket, LimitsChange};
+    use crate::vm::snapshot::Place;
 
     fn fault(method: &str, path: &str, body: &str) -> String {
         match route(method, path, body.as_bytes()) {
@@ -347,6 +357,17 @@ mod tests {
         );
         assert_eq!(command("PUT", "/actions", r#"{"action_type":"FlushMetrics"}"#), Command::FlushMetrics);
         assert_eq!(route("PUT", "/actions", br#"{"action_type":"InstanceStart"}"#), Ok(Route::Start));
+        let place = |memory: Option<&str>| Place { state: "s".into(), memory: memory.map(Into::into) };
+        let body = r#"{"snapshot_type":"Full","snapshot_path":"s","mem_file_path":"m"}"#;
+        assert_eq!(command("PUT", "/snapshot/create", body), Command::Save(place(Some("m"))));
+        let body = r#"{"snapshot_path":"s","mem_backend":{"backend_type":"File","backend_path":"m"},
+            "resume_vm":true,"network_overrides":[{"iface_id":"e","host_dev_name":"t"}],
+            "vsock_override":{"uds_path":"v"}}"#;
+        let Ok(Route::Load(load)) = route("PUT", "/snapshot/load", body.as_bytes()) else {
+            panic!("not a load")
+        };
+        assert_eq!((load.place, load.resume), (place(Some("m")), true));
+        assert_eq!((load.overrides.nets[0].tap.as_str(), load.overrides.vsock), ("t", Some("v".into())));
     }
 
     #[test]
@@ -381,8 +402,17 @@ mod tests {
                 r#"{"drive_id":"y","is_root_device":true,"path_on_host":"/x"}"#,
                 "\"x\" in the path",
             ),
-            ("PUT", "/snapshot/create", r#"{}"#, "Snapshots are not supported yet."),
             ("PUT", "/mmds", r#"{}"#, "not supported yet"),
+            ("PUT", "/snapshot/create", "{}", "missing field `snapshot_path`"),
+            ("PUT", "/snapshot/create", r#"{"snapshot_type":"Diff","snapshot_path":"s"}"#, "differential"),
+            ("PUT", "/snapshot/create", r#"{"snapshot_path":"s","x":1}"#, "unknown field `x`"),
+            ("PUT", "/snapshot/load", r#"{"snapshot_path":"s","track_dirty_pages":true}"#, "differential"),
+            (
+                "PUT",
+                "/snapshot/load",
+                r#"{"snapshot_path":"s","mem_backend":{"backend_type":"Uffd","backend_path":"m"}}"#,
+                "Uffd",
+            ),
         ] {
             let message = fault(method, path, body);
             assert!(message.contains(says), "{method} {path} {body}: {message}");

@@ -165,6 +165,8 @@ pub struct Setup {
     pub logger: Option<Logger>,
     /// Where metrics go, if that was asked for.
     pub metrics: Option<Metrics>,
+    /// Whether a client has begun to put it together.
+    pub has_parts: bool,
 }
 
 fn not_supported(what: &str) -> String {
@@ -232,6 +234,7 @@ impl Setup {
         // What can be known to be impossible now is refused now, and changes nothing.
         next.validate(u64::MAX).map_err(|error| error.to_string())?;
         self.config = next;
+        self.has_parts = true;
         Ok(())
     }
 

@@ -7,7 +7,8 @@ use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
 
 use super::logging::{self, LogFormat, LogLevel};
-use super::walls;
+use super::restore;
+use super::walls::Walls;
 use crate::api::{self, Logger, Setup};
 use crate::boot::BootProtocol;
 use crate::metrics;
@@ -49,9 +50,12 @@ enum Protocol {
     Pvh,
 }
 
+/// How a timeline is printed.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum TimelineFormat {
+pub enum TimelineFormat {
+    /// For people.
     Table,
+    /// For programs.
     Json,
 }
 
@@ -111,7 +115,7 @@ pub struct BootArguments {
     balloon: Option<Balloon>,
     /// Control the VM through a unix socket at PATH, by HTTP
     #[arg(long, value_name = "PATH", visible_alias = "api-sock")]
-    pub(super) api_socket: Option<PathBuf>,
+    api_socket: Option<PathBuf>,
     /// The first serial port: stdio, file=PATH or none [default: stdio]
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialConfig>,
@@ -132,13 +136,13 @@ pub struct BootArguments {
     config: Option<PathBuf>,
     /// Run without filters for system calls and with all privileges
     #[arg(long, visible_alias = "no-seccomp", conflicts_with = "jail")]
-    pub(super) no_sandbox: bool,
+    no_sandbox: bool,
     /// Shut the running VM into a directory and a user of its own; takes root
     ///
     /// DIR[,uid=N][,gid=N][,netns=PATH][,cgroup=PATH]. Paths of kernel, disks and sockets are the host's; those that a
     /// client of the control socket names later lead into DIR.
     #[arg(long, value_name = "DIR[,…]")]
-    pub(super) jail: Option<Jail>,
+    jail: Option<Jail>,
     /// Print where the time of the boot went, to standard error at the end
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, default_missing_value = "table", require_equals = true)]
     timeline: Option<TimelineFormat>,
@@ -156,10 +160,10 @@ pub struct BootArguments {
     cpu: Option<String>,
     /// Write metrics to a file as a page for Prometheus, every 10 seconds and at the end
     #[arg(long, value_name = "FILE")]
-    pub(super) metrics: Option<PathBuf>,
+    metrics: Option<PathBuf>,
     /// Append metrics to a file as lines of JSON, every minute and at the end
     #[arg(long, value_name = "FILE")]
-    pub(super) metrics_path: Option<PathBuf>,
+    metrics_path: Option<PathBuf>,
     /// What the control socket calls the VM
     #[arg(long, value_name = "ID", default_value = "anonymous-instance")]
     id: String,
@@ -204,6 +208,15 @@ impl BootArguments {
         };
         setup.config = self.configuration(std::mem::take(&mut setup.config))?;
         Ok(setup)
+    }
+
+    fn walls(&self) -> Walls<'_> {
+        Walls {
+            no_sandbox: self.no_sandbox,
+            jail: self.jail.as_ref(),
+            api_socket: self.api_socket.as_deref(),
+            metrics: self.metrics.as_deref(),
+        }
     }
 
     /// Whether a VM is described at all. Without, clients of the control socket are to put it together.
@@ -270,40 +283,44 @@ fn start_log(arguments: &BootArguments, logger: Option<&Logger>) -> anyhow::Resu
 }
 
 /// A VM that is built, and the client that waits for its start.
-struct Built {
-    vm: vm::Vm,
-    config: VmConfig,
-    start: Option<(api::Waiting, api::Start)>,
+pub(super) struct Built {
+    pub(super) vm: vm::Vm,
+    pub(super) config: VmConfig,
+    pub(super) start: Option<(api::Waiting, api::Start)>,
 }
 
-/// Has clients put a VM together until one can be built.
+/// Has clients put a VM together, or name a snapshot, until one can be built; `None` when a signal ends the wait.
 fn build_with_clients(
     arguments: &BootArguments,
     mut waiting: api::Waiting,
     timeline: &mut Timeline,
-) -> anyhow::Result<Built> {
+) -> anyhow::Result<Option<Built>> {
     let mut has_log = false;
-    loop {
-        let mut start = waiting.wait()?;
+    while let Some(mut start) = waiting.wait()? {
         let setup = start.take_setup();
-        let mut attempt = || -> anyhow::Result<vm::Vm> {
+        let load = start.load.take();
+        let mut attempt = || -> anyhow::Result<(vm::Vm, VmConfig)> {
             if !std::mem::replace(&mut has_log, true) {
                 start_log(arguments, setup.logger.as_ref())?;
             }
             open_metrics(arguments, &setup)?;
             timeline.mark("configured");
-            Ok(vm::build(&setup.config, timeline)?)
+            match &load {
+                Some(load) => restore::restore(load, timeline),
+                None => Ok((vm::build(&setup.config, timeline)?, setup.config.clone())),
+            }
         };
         match attempt() {
-            Ok(mut vm) => {
+            Ok((mut vm, config)) => {
                 if setup.metrics.is_some() {
                     vm.write_metrics(arguments.metrics.clone());
                 }
-                return Ok(Built { vm, config: setup.config, start: Some((waiting, start)) });
+                return Ok(Some(Built { vm, config, start: Some((waiting, start)) }));
             }
             Err(error) => start.refuse(format!("{error:#}")),
         }
     }
+    Ok(None)
 }
 
 /// Opens the file for lines of JSON.
@@ -327,7 +344,8 @@ pub fn run(arguments: BootArguments, mut timeline: Timeline) -> anyhow::Result<E
         open_metrics(&arguments, &setup)?;
     }
     // First of all, while little is open.
-    let keeper = match walls::start_keeper(&arguments, &setup.config)? {
+    let plan = arguments.walls();
+    let keeper = match plan.start_keeper(setup.config.vsock.is_some())? {
         Some(Side::Keeper(code)) => return Ok(code),
         Some(Side::Monitor(keeper)) => Some(keeper),
         None => None,
@@ -339,7 +357,10 @@ pub fn run(arguments: BootArguments, mut timeline: Timeline) -> anyhow::Result<E
         None => None,
     };
     let Built { mut vm, config, start } = match waiting {
-        Some(waiting) => build_with_clients(&arguments, waiting, &mut timeline)?,
+        Some(waiting) => match build_with_clients(&arguments, waiting, &mut timeline)? {
+            Some(built) => built,
+            None => return Ok(ExitCode::SUCCESS),
+        },
         None => {
             timeline.mark("configured");
             let mut vm = vm::build(&setup.config, &mut timeline)?;
@@ -352,23 +373,30 @@ pub fn run(arguments: BootArguments, mut timeline: Timeline) -> anyhow::Result<E
     if arguments.metrics.is_some() || arguments.metrics_path.is_some() {
         vm.write_metrics(arguments.metrics.clone());
     }
-    if !arguments.no_sandbox {
-        walls::put_up(&arguments, &config, keeper, &mut vm)?;
-        timeline.mark("sandbox closed");
-    }
+    plan.put_up(&config, keeper, &mut vm, &mut timeline)?;
     let _api = match (start, socket) {
         (Some((waiting, start)), _) => Some(waiting.serve(start, vm.control())?),
         (None, Some(socket)) => Some(api::serve(socket, arguments.id.clone(), vm.control())?),
         (None, None) => None,
     };
     let ended = vm::run(vm, &mut timeline)?;
+    let format = arguments.timeline.or(arguments.boot_timer.then_some(TimelineFormat::Table));
+    finish(&ended, &timeline, format)
+}
+
+/// Tells how a VM ended.
+pub(super) fn finish(
+    ended: &vm::Ended,
+    timeline: &Timeline,
+    format: Option<TimelineFormat>,
+) -> anyhow::Result<ExitCode> {
     if ended.end == vm::End::Quit {
         // The guest's cursor is anywhere in a line.
         eprintln!();
     }
-    match arguments.timeline.or(arguments.boot_timer.then_some(TimelineFormat::Table)) {
+    match format {
         Some(TimelineFormat::Table) => eprint!("{}", timeline.table()),
-        Some(TimelineFormat::Json) => eprintln!("{}", serde_json::to_string(&timeline)?),
+        Some(TimelineFormat::Json) => eprintln!("{}", serde_json::to_string(timeline)?),
         None => {}
     }
     match &ended.end {

@@ -14,6 +14,8 @@ mod logging;
 mod man;
 pub mod network;
 mod network_relay;
+mod restore;
+mod snapshot;
 pub mod volume;
 mod walls;
 
@@ -54,6 +56,7 @@ struct Arguments<C: Subcommand> {
 enum MonitorCommand {
     #[command(name = crate::fileserver::SUBCOMMAND, hide = true)]
     FileServer(file_server::FileServerArguments),
+    Restore(Box<restore::RestoreArguments>),
     #[command(external_subcommand)]
     Engine(Vec<OsString>),
 }
@@ -76,6 +79,8 @@ enum Command {
     Man(man::ManArguments),
     #[command(name = crate::container::network::relay::SUBCOMMAND, hide = true)]
     NetworkRelay(network_relay::RelayArguments),
+    Restore(Box<restore::RestoreArguments>),
+    Snapshot(snapshot::SnapshotArguments),
 }
 
 /// The whole command line as clap knows it, for completions and manual pages.
@@ -101,6 +106,7 @@ pub fn monitor(timeline: Timeline) -> ExitCode {
     let result = match arguments.command {
         None => boot::run(arguments.boot, timeline),
         Some(MonitorCommand::FileServer(arguments)) => file_server::run(&arguments),
+        Some(MonitorCommand::Restore(arguments)) => restore::run(&arguments, timeline),
         Some(MonitorCommand::Engine(command)) => engine_program::replace(command),
     };
     end(result, arguments.verbose)
@@ -122,7 +128,9 @@ fn as_firecracker(first: Option<&OsStr>, timeline: Timeline) -> ExitCode {
             boot::run(arguments.boot, timeline)
         }
         Some(MonitorCommand::FileServer(arguments)) => file_server::run(&arguments),
-        Some(MonitorCommand::Engine(_)) => Err(anyhow::anyhow!("firecracker has no subcommands")),
+        Some(MonitorCommand::Engine(_) | MonitorCommand::Restore(_)) => {
+            Err(anyhow::anyhow!("firecracker has no subcommands"))
+        }
     };
     end(result, arguments.verbose)
 }
@@ -139,7 +147,8 @@ pub fn engine() -> ExitCode {
             return if is_mistake { ExitCode::from(code) } else { ExitCode::SUCCESS };
         }
     };
-    if arguments.command.is_some() {
+    // Restoring has its own level.
+    if arguments.command.as_ref().is_some_and(|command| !matches!(command, Command::Restore(_))) {
         logging::start(logging::LogLevel::Warn);
     }
     let result = match arguments.command {
@@ -154,6 +163,8 @@ pub fn engine() -> ExitCode {
         Some(Command::Doctor(arguments)) => doctor::run(&arguments),
         Some(Command::Man(arguments)) => man::run(&arguments),
         Some(Command::NetworkRelay(arguments)) => network_relay::run(arguments),
+        Some(Command::Restore(arguments)) => restore::run(&arguments, Timeline::start()),
+        Some(Command::Snapshot(arguments)) => snapshot::run(&arguments),
     };
     end(result, arguments.verbose)
 }

@@ -4,13 +4,16 @@
 
 mod calls;
 pub mod emulated;
+pub mod features;
 pub mod kind;
 pub mod probe;
 pub mod pvm;
+mod state;
 mod vcpu;
 mod vm;
 
 pub use calls::{CallTime, take_call_times};
+pub use state::{ChipState, StateError, VcpuState};
 pub use vcpu::{Exit, Kick, Vcpu, register_kick_signal};
 pub use vm::{MemorySlot, Vm};
 

@@ -91,6 +91,14 @@ impl Vm {
         call("KVM_IRQFD", || self.fd.register_irqfd(event, gsi))
     }
 
+    /// Raises interrupt line `gsi` once, as an edge.
+    pub fn pulse(&self, gsi: u32) -> Result<(), Error> {
+        for level in [true, false] {
+            call("KVM_IRQ_LINE", || self.fd.set_irq_line(gsi, level))?;
+        }
+        Ok(())
+    }
+
     /// Signals `event`, without an exit to rvmm, when the guest writes the 32-bit `value` at `addr`.
     pub fn register_ioeventfd(&self, event: &EventFd, addr: u64, value: u32) -> Result<(), Error> {
         call("KVM_IOEVENTFD", || self.fd.register_ioevent(event, &IoEventAddress::Mmio(addr), value))

@@ -61,6 +61,11 @@ impl GuestEvent {
         self.lock().exit_status
     }
 
+    /// Takes over the exit status that the guest reported before it was restored.
+    pub fn restore(&self, exit_status: Option<u8>) {
+        self.lock().exit_status = exit_status;
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Told> {
         self.told.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }

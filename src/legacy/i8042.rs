@@ -104,6 +104,19 @@ impl I8042 {
         listens
     }
 
+    /// Registers and buffers, for a snapshot.
+    pub fn save(&self) -> I8042State {
+        self.lock().clone()
+    }
+
+    /// Takes over what another controller was like, and interrupts for what its guest may not have heard of.
+    pub fn restore(&self, mut saved: I8042State) {
+        saved.output.truncate(OUTPUT_BYTES);
+        let mut state = self.lock();
+        *state = saved;
+        self.interrupt(&state);
+    }
+
     fn lock(&self) -> MutexGuard<'_, I8042State> {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }

@@ -7,10 +7,10 @@ mod pvpanic;
 mod serial;
 
 pub use guest_event::{BootMark, GuestEvent, Mark};
-pub use i8042::I8042;
+pub use i8042::{I8042, I8042State};
 pub use power::PowerBlock;
 pub use pvpanic::PvPanic;
-pub use serial::{Serial, SerialSink};
+pub use serial::{Serial, SerialSink, SerialState};
 
 use std::sync::atomic::{AtomicU8, Ordering};
 

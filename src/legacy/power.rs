@@ -31,6 +31,21 @@ impl PowerBlock {
         PowerBlock { requests, events: AtomicU8::new(0), irq }
     }
 
+    /// Events that the guest has not fetched, for a snapshot.
+    pub fn save(&self) -> u8 {
+        self.events.load(Ordering::Acquire)
+    }
+
+    /// Takes over events of another power block, and announces them.
+    pub fn restore(&self, events: u8) {
+        let events = events & EVENT_POWER_BUTTON;
+        self.events.store(events, Ordering::Release);
+        if events != 0 {
+            // The counter can only be full of earlier interrupts that are still to be delivered.
+            let _ = self.irq.write(1);
+        }
+    }
+
     /// Presses the power button.
     pub fn press_button(&self) -> std::io::Result<()> {
         self.events.fetch_or(EVENT_POWER_BUTTON, Ordering::AcqRel);

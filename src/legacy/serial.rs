@@ -64,7 +64,7 @@ pub trait SerialSink: Send + Sync {
 }
 
 /// The registers and buffers of the UART.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct SerialState {
     interrupt_enable: u8,
     fifo_control: u8,
@@ -124,6 +124,25 @@ impl Serial {
     /// Tells that the sink has room again after it had none.
     pub fn sink_drained(&self) {
         let mut state = self.lock();
+        self.transmitter_empty(&mut state);
+    }
+
+    /// Registers and buffers, for a snapshot.
+    pub fn save(&self) -> SerialState {
+        self.lock().clone()
+    }
+
+    /// Takes over what another UART was like, and interrupts for what its guest may not have heard of.
+    pub fn restore(&self, mut saved: SerialState) {
+        saved.received.truncate(RX_FIFO_BYTES);
+        // Whoever waited there does not wait here.
+        saved.feeder_waits = false;
+        let mut state = self.lock();
+        *state = saved;
+        if state.interrupt_enable & IER_RX != 0 && !state.received.is_empty() {
+            self.interrupt();
+        }
+        // The line is free, whatever that of the other one was.
         self.transmitter_empty(&mut state);
     }
 
@@ -379,6 +398,25 @@ mod tests {
         serial.write(IER, &[2]);
         assert_eq!([get(&serial, DATA), get(&serial, IER)], [1, 2]);
         assert!(line.sent.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn restored_line_goes_on_and_interrupts_for_what_waits() {
+        let (_, first) = serial();
+        first.write(IER, &[IER_RX | IER_TX]);
+        first.write(SCR, &[0x77]);
+        assert_eq!(first.feed(b"ab"), 2);
+        assert_eq!(get(&first, DATA), b'a');
+        let bytes = postcard::to_allocvec(&first.save()).unwrap();
+        let (_, second) = serial();
+        second.restore(postcard::from_bytes(&bytes).unwrap());
+        assert!(second.irq.read().unwrap() >= 1);
+        assert_eq!([get(&second, SCR), get(&second, IIR_FCR), get(&second, DATA)], [0x77, IIR_RX, b'b']);
+        assert_eq!(get(&second, IIR_FCR), IIR_TX);
+        let mut long = first.save();
+        long.received.extend([0; 1000]);
+        second.restore(long);
+        assert_eq!(second.save().received.len(), RX_FIFO_BYTES);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! host kernel is given raw iovecs.
 #![allow(unsafe_code)]
 
+pub mod file;
 pub mod guard;
 pub mod heap;
 mod release;
@@ -118,7 +119,7 @@ pub fn prefer_huge_pages(ram: &Ram) {
     }
 }
 
-/// Replaces `len` bytes of guest memory at `addr` by a private mapping of `file` from `offset` on, so that pages are
+/// Replaces `len` bytes of guest memory at `addr` by a private mapping of `source` from `offset` on, so that pages are
 /// read when the guest touches them and writes stay in the guest.
 ///
 /// All three numbers must be multiples of the page size, and the range must lie in one region. The file may be
@@ -126,7 +127,7 @@ pub fn prefer_huge_pages(ram: &Ram) {
 /// `KVM_RUN`.
 pub fn map_file_private(
     ram: &Ram,
-    file: &File,
+    source: &File,
     offset: u64,
     addr: GuestAddress,
     len: u64,
@@ -143,7 +144,7 @@ pub fn map_file_private(
     let host = ram.get_host_address(addr).map_err(|_| bad())?;
     let offset = libc::off_t::try_from(offset).map_err(|_| bad())?;
     // SAFETY: `host..host + len` lies inside one mapping that `ram` owns (checked above) and that no Rust reference
-    // points into, so replacing its pages by another mapping of the same size cannot invalidate anything; `file` is
+    // points into, so replacing its pages by another mapping of the same size cannot invalidate anything; `source` is
     // an open descriptor, and the mapping stays valid after it is closed.
     let mapped = unsafe {
         libc::mmap(
@@ -151,13 +152,14 @@ pub fn map_file_private(
             len as usize,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
-            file.as_raw_fd(),
+            source.as_raw_fd(),
             offset,
         )
     };
     if mapped == libc::MAP_FAILED {
         return Err(Error::MapFile(std::io::Error::last_os_error()));
     }
+    file::forget(host as usize, len as usize);
     release::file_mapped(host as usize, len as usize);
     Ok(())
 }

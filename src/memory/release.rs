@@ -29,6 +29,12 @@ pub(super) fn file_mapped(start: usize, len: usize) {
     pieces.insert(at, (start, end));
 }
 
+/// Whether a file may be mapped anywhere in `start..end`.
+pub(super) fn is_file_mapped(start: usize, end: usize) -> bool {
+    let pieces = FILE_MAPPED.lock().unwrap_or_else(PoisonError::into_inner);
+    pieces.get(pieces.partition_point(|piece| piece.1 <= start)).is_some_and(|piece| piece.0 < end)
+}
+
 /// Takes a range out of all pieces.
 fn cut(pieces: &mut Vec<(usize, usize)>, start: usize, end: usize) {
     let first = pieces.partition_point(|piece| piece.1 <= start);

@@ -53,7 +53,7 @@ const fn this_process(call: i64) -> Rule {
 const TCSETS: u64 = 0x5402;
 
 /// What is asked of a vCPU: to run, to show and take the registers that an instruction needs which rvmm carries out in
-/// KVM's stead, and to tell its guest that it was stopped (`linux/kvm.h`).
+/// KVM's stead, to tell its guest that it was stopped, and to show its state when the VM is saved (`linux/kvm.h`).
 const VCPU_IOCTLS: &[u64] = &[
     0xae80,      // KVM_RUN
     0x8090_ae81, // KVM_GET_REGS
@@ -62,6 +62,12 @@ const VCPU_IOCTLS: &[u64] = &[
     0x4138_ae84, // KVM_SET_SREGS
     0xc008_ae88, // KVM_GET_MSRS
     0x8040_ae9f, // KVM_GET_VCPU_EVENTS
+    0x8004_ae98, // KVM_GET_MP_STATE
+    0x9000_aecf, // KVM_GET_XSAVE2
+    0x8080_aea1, // KVM_GET_DEBUGREGS
+    0x8400_ae8e, // KVM_GET_LAPIC
+    0xc008_ae91, // KVM_GET_CPUID2
+    0xaea3,      // KVM_GET_TSC_KHZ
     0x9000_aea4, // KVM_GET_XSAVE
     0x5000_aea5, // KVM_SET_XSAVE
     0x8188_aea6, // KVM_GET_XCRS
@@ -71,7 +77,7 @@ const VCPU_IOCTLS: &[u64] = &[
 
 /// A thread that runs a vCPU.
 pub const VCPU: &[Rule] = &[
-    one_of(libc::SYS_ioctl, 1, VCPU_IOCTLS), // runs the guest; reads and sets registers of this vCPU
+    one_of(libc::SYS_ioctl, 1, VCPU_IOCTLS), // runs the guest; reads and sets the state of this vCPU
     any(libc::SYS_write),                    // interrupts, notifications of devices, the log
     any(libc::SYS_futex),                    // locks of devices; rests while the VM is paused
     any(libc::SYS_brk),                      // the heap
@@ -247,7 +253,7 @@ const API: &[Rule] = &[
     any(libc::SYS_exit_group),                     // the end, where a call is not allowed
 ];
 
-/// What the main thread asks of terminals.
+/// What the main thread asks of terminals and disks, and of KVM's own devices when the VM is saved.
 const MAIN_IOCTLS: &[u64] = &[
     0x5401, // TCGETS
     TCSETS,
@@ -255,6 +261,10 @@ const MAIN_IOCTLS: &[u64] = &[
     0x5413,      // TIOCGWINSZ
     0x8008_1272, // BLKGETSIZE64
     BLKDISCARD,
+    0xae03,      // KVM_CHECK_EXTENSION
+    0xc208_ae62, // KVM_GET_IRQCHIP
+    0x8070_ae9f, // KVM_GET_PIT2
+    0x8030_ae7c, // KVM_GET_CLOCK
 ];
 
 /// The main thread: the event loop, and the end.
@@ -276,15 +286,18 @@ const MAIN: &[Rule] = &[
     this_process(libc::SYS_tgkill),          // interrupts vCPUs; stops itself when the user types Ctrl-Z
     any(libc::SYS_gettid),                   // the same
     any(libc::SYS_getpgrp),                  // whether the terminal is another's
-    one_of(libc::SYS_ioctl, 1, MAIN_IOCTLS), // the terminal; the size of a disk
+    one_of(libc::SYS_ioctl, 1, MAIN_IOCTLS), // the terminal; the size of a disk; interrupt controllers of a VM that is saved
     any(libc::SYS_fstat),                    // whether a disk's image has grown
     one_of(libc::SYS_fcntl, 1, &[libc::F_GETFL as u64, libc::F_SETFL as u64]), // an image that was handed in
     any(libc::SYS_statx),                    // whether a disk's image has grown
-    any(libc::SYS_lseek),                    // standard input that is a file
+    any(libc::SYS_lseek),                    // standard input that is a file; holes of a memory file
+    any(libc::SYS_pread64),                  // which pages a VM that is saved has touched
+    any(libc::SYS_pwrite64),                 // memory of a VM that is saved
+    any(libc::SYS_ftruncate),                // the size of its file
     any(libc::SYS_flock),                    // gives up the lock of an image
     one_of(libc::SYS_io_uring_register, 1, &[2, 3]), // another image for a drive that has no driver yet
-    any(libc::SYS_sendmsg),                  // asks the keeper for an image
-    any(libc::SYS_recvmsg),                  // gets it
+    any(libc::SYS_sendmsg),                  // asks the keeper for an image, or a snapshot's files
+    any(libc::SYS_recvmsg),                  // gets them
     any(libc::SYS_sendto),                   // asks the keeper
     any(libc::SYS_recvfrom),                 // hears what the keeper says
     any(libc::SYS_shutdown),                 // tells file servers the end
@@ -303,38 +316,44 @@ const MAIN: &[Rule] = &[
     any(libc::SYS_exit_group),      // the end
 ];
 
-/// The keeper: opens images for drives that are changed, and removes sockets at the end.
+/// The keeper: opens images for drives that are changed, makes the files of snapshots, and removes sockets at the end.
 const KEEPER: &[Rule] = &[
     any(libc::SYS_recvmsg),    // what the monitor asks for
     any(libc::SYS_recvfrom),   // the same
-    any(libc::SYS_sendmsg),    // an image, or why there is none
-    any(libc::SYS_openat),     // images; the next page of metrics
+    any(libc::SYS_sendmsg),    // a file, or why there is none
+    any(libc::SYS_openat),     // images; the next page of metrics; files and directory of a snapshot
     any(libc::SYS_renameat),   // a page of metrics takes the place of the one before
+    any(libc::SYS_mkdir),      // a snapshot's directory
+    any(libc::SYS_linkat),     // gives a snapshot's file a name when it is whole
+    any(libc::SYS_rename),     // a snapshot takes the place of the one before
+    any(libc::SYS_getdents64), // what is left of the one before
+    any(libc::SYS_unlink),     // the same
+    any(libc::SYS_fsync),      // a snapshot is durable
     any(libc::SYS_statx),      // whether they are images; whether sockets are the monitor's
     any(libc::SYS_fstat),      // the same
     any(libc::SYS_newfstatat), // the same
     any(libc::SYS_lseek),      // text files of /proc
     any(libc::SYS_read),       // who holds the lock of an image
-    one_of(libc::SYS_fcntl, 1, &[libc::F_SETFL as u64, libc::F_GETFL as u64]), // an image that waits for nobody
-    any(libc::SYS_flock),                                                      // the lock of an image
+    one_of(libc::SYS_fcntl, 1, &[libc::F_SETFL as u64, libc::F_GETFL as u64, libc::F_DUPFD_CLOEXEC as u64]), // an image that waits for nobody; a snapshot's file is handed over
+    any(libc::SYS_flock), // the lock of an image, and of a snapshot's directory
     one_of(libc::SYS_ioctl, 1, &[0x8008_1272]), // BLKGETSIZE64: the size of a block device
-    any(libc::SYS_unlinkat),                    // sockets at the end
-    any(libc::SYS_close),                       // what was handed over
-    any(libc::SYS_write),                       // a page of metrics, the log
-    any(libc::SYS_futex),                       // locks
-    any(libc::SYS_brk),                         // the heap
-    not_executable(libc::SYS_mmap),             // the heap
-    any(libc::SYS_munmap),                      // the heap
-    any(libc::SYS_mremap),                      // the heap
-    any(libc::SYS_clock_gettime),               // time, where the host has no fast clock
-    any(libc::SYS_clock_nanosleep),             // waits for a dead process's lock
-    any(libc::SYS_wait4),                       // the end of a monitor in a jail
-    any(libc::SYS_ppoll),                       // waits for the monitor and for signals
-    any(libc::SYS_kill),                        // hands signals on to a monitor in a jail
-    any(libc::SYS_sigaltstack),                 // the end
-    any(libc::SYS_rt_sigreturn),                // after a signal
-    any(libc::SYS_restart_syscall),             // goes on waiting after the process was stopped
-    any(libc::SYS_exit_group),                  // the end
+    any(libc::SYS_unlinkat), // sockets at the end
+    any(libc::SYS_close), // what was handed over
+    any(libc::SYS_write), // a page of metrics, the log
+    any(libc::SYS_futex), // locks
+    any(libc::SYS_brk),   // the heap
+    not_executable(libc::SYS_mmap), // the heap
+    any(libc::SYS_munmap), // the heap
+    any(libc::SYS_mremap), // the heap
+    any(libc::SYS_clock_gettime), // time, where the host has no fast clock
+    any(libc::SYS_clock_nanosleep), // waits for a dead process's lock
+    any(libc::SYS_wait4), // the end of a monitor in a jail
+    any(libc::SYS_ppoll), // waits for the monitor and for signals
+    any(libc::SYS_kill),  // hands signals on to a monitor in a jail
+    any(libc::SYS_sigaltstack), // the end
+    any(libc::SYS_rt_sigreturn), // after a signal
+    any(libc::SYS_restart_syscall), // goes on waiting after the process was stopped
+    any(libc::SYS_exit_group), // the end
 ];
 
 /// The lists that make up what a kind of thread may call.

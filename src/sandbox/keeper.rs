@@ -1,19 +1,22 @@
 //! The keeper: a process that is forked before the walls go up, and does what the monitor may not do behind them.
 //!
 //! It opens images for drives that a client of the control socket changes, locks them, and hands over the descriptors;
-//! and it removes the monitor's sockets when the monitor has ended, however it did. It opens nothing but regular files
-//! and block devices, makes none, and has a filter of its own. The monitor's guest cannot reach it but through the
+//! it makes the files of a snapshot, which have no names until the monitor has written them; and it removes the monitor's
+//! sockets when the monitor has ended, however it did. It opens nothing but regular files and block devices, and has a
+//! filter of its own. The monitor's guest cannot reach it but through the
 //! monitor; in a jail it opens only what is in the jail.
 //!
 //! In a jail the keeper is the process that was started, and the monitor its child and the first process of a PID
 //! namespace: the keeper hands signals on and ends with the monitor's exit code.
 
+use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -32,6 +35,7 @@ use super::fork::{Fork, fork};
 use super::jail::Jail;
 use super::{Error, Kind, Step, privileges, violation};
 use crate::disk;
+use crate::snapshot_files::{self, Place, Writing};
 
 /// Bytes of a request: a page with the metrics of many disks is the longest.
 const MESSAGE_BYTES: usize = 192 << 10;
@@ -55,6 +59,14 @@ enum Request {
     Seal,
     /// Open an image, unless it is the one with these numbers.
     Open { path: PathBuf, read_only: bool, have: Option<Numbers> },
+    /// Make the files of a snapshot, and hand over the one for memory.
+    Save { place: Place, id: snapshot_files::Id },
+    /// Hand over the one for the state.
+    SavedState,
+    /// Put them in their places; both are written.
+    Saved,
+    /// Let go of them.
+    NotSaved,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -152,11 +164,28 @@ impl Keeper {
     /// Opens and locks an image, unless it is the one with the numbers `have`.
     pub fn open(&self, path: &Path, read_only: bool, have: Option<(u64, u64)>) -> Result<Found, String> {
         let request = Request::Open { path: path.to_owned(), read_only, have };
-        match self.ask(&request).map_err(|error| format!("the keeper does not answer: {error}"))? {
+        match self.ask(&request).map_err(no_answer)? {
             (Answer::Same, _) => Ok(Found::Same),
             (Answer::Opened, Some(file)) => Ok(Found::File(file)),
             (Answer::Failed(why), _) => Err(why),
-            _ => Err("the keeper makes no sense".into()),
+            _ => Err(NONSENSE.into()),
+        }
+    }
+
+    /// Makes the files of a snapshot, which is in its place after [`Saving::finish`].
+    pub fn begin_to_save(self: &Arc<Self>, place: &Place, id: &snapshot_files::Id) -> Result<Saving, String> {
+        let memory = self.file(&Request::Save { place: place.clone(), id: *id })?;
+        // From here on they are let go of, whatever happens.
+        let files = Unsaved(Arc::clone(self));
+        let state = self.file(&Request::SavedState)?;
+        Ok(Saving { memory, state, files })
+    }
+
+    fn file(&self, request: &Request) -> Result<File, String> {
+        match self.ask(request).map_err(no_answer)? {
+            (Answer::Opened, Some(file)) => Ok(file.into()),
+            (Answer::Failed(why), _) => Err(why),
+            _ => Err(NONSENSE.into()),
         }
     }
 
@@ -173,6 +202,52 @@ impl Keeper {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         Ok((serde_json::from_slice(bytes)?, file))
+    }
+}
+
+const NONSENSE: &str = "the keeper makes no sense";
+
+fn no_answer(error: io::Error) -> String {
+    format!("the keeper does not answer: {error}")
+}
+
+/// A snapshot's files that the keeper has made and the monitor writes.
+#[derive(Debug)]
+pub struct Saving {
+    memory: File,
+    state: File,
+    files: Unsaved,
+}
+
+impl Saving {
+    /// The memory file.
+    pub fn memory(&self) -> &File {
+        &self.memory
+    }
+
+    /// The state file.
+    pub fn state(&self) -> &File {
+        &self.state
+    }
+
+    /// Has them made durable and put in their places.
+    pub fn finish(self) -> Result<(), String> {
+        match self.files.0.ask(&Request::Saved).map_err(no_answer)? {
+            (Answer::Done, _) => Ok(()),
+            (Answer::Failed(why), _) => Err(why),
+            _ => Err(NONSENSE.into()),
+        }
+    }
+}
+
+/// Has the keeper let go of files that are not in their places.
+#[derive(Debug)]
+struct Unsaved(Arc<Keeper>);
+
+impl Drop for Unsaved {
+    fn drop(&mut self) {
+        // After a keeper that has ended there is nothing left.
+        let _ = self.0.ask(&Request::NotSaved);
     }
 }
 
@@ -275,6 +350,7 @@ fn serve(socket: &OwnedFd, child: Option<(Pid, &Jail)>) -> Result<ExitCode, Erro
     }
     let mut files: Vec<Remembered> = Vec::new();
     let mut page: Option<Page> = None;
+    let mut writing: Option<Writing> = None;
     let mut sealed = false;
     let mut room = vec![0; MESSAGE_BYTES];
     let status = loop {
@@ -330,6 +406,12 @@ fn serve(socket: &OwnedFd, child: Option<(Pid, &Jail)>) -> Result<ExitCode, Erro
                 }
             }
             Ok(Request::Open { path, read_only, have }) if sealed => open(&path, read_only, have),
+            Ok(
+                request @ (Request::Save { .. } | Request::SavedState | Request::Saved | Request::NotSaved),
+            ) if sealed => {
+                let result = save(request, &mut writing);
+                result.unwrap_or_else(|error| (Answer::Failed(crate::error_chain(&error)), None))
+            }
             Ok(_) => (Answer::Failed("not now".into()), None),
             Err(error) => (Answer::Failed(error.to_string()), None),
         };
@@ -368,6 +450,37 @@ fn open(path: &Path, read_only: bool, have: Option<Numbers>) -> (Answer, Option<
         Ok(file) => (Answer::Opened, Some(file.into())),
         Err(error) => (Answer::Failed(crate::error_chain(&error)), None),
     }
+}
+
+/// Does a part of what makes a snapshot's files.
+fn save(
+    request: Request,
+    writing: &mut Option<Writing>,
+) -> Result<(Answer, Option<OwnedFd>), snapshot_files::Error> {
+    let hand_over = |file: &File| match file.try_clone() {
+        Ok(file) => (Answer::Opened, Some(file.into())),
+        Err(error) => (Answer::Failed(error.to_string()), None),
+    };
+    let none = || (Answer::Failed("no snapshot is being written".into()), None);
+    Ok(match request {
+        Request::Save { place, id } => {
+            // The one before, if it was given up without a word.
+            *writing = None;
+            hand_over(writing.insert(Writing::begin(&place, &id)?).memory())
+        }
+        Request::SavedState => writing.as_ref().map_or_else(none, |writing| hand_over(writing.state())),
+        Request::Saved => match writing.take() {
+            Some(writing) => {
+                writing.finish()?;
+                (Answer::Done, None)
+            }
+            None => none(),
+        },
+        _ => {
+            *writing = None;
+            (Answer::Done, None)
+        }
+    })
 }
 
 /// Signals that somebody sends to the process that was started and means for the monitor.

@@ -13,11 +13,13 @@ use std::time::Duration;
 use event_manager::EventSet;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
 use super::chain::TooShort;
 use super::device::{Activation, Completion, Completions, Device, Handled, Source};
 use super::spec::balloon::{self, feature};
+use super::state::{DeviceState, RestoreError};
 use super::{Chain, Reader};
 use crate::memory::{self, Ram};
 use crate::sandbox;
@@ -109,6 +111,14 @@ impl BalloonHandle {
 
 fn millis(interval: Duration) -> u64 {
     u64::try_from(interval.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// What a snapshot keeps of a balloon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonState {
+    target_pages: u32,
+    actual_pages: u32,
+    poison: u32,
 }
 
 /// The device.
@@ -367,6 +377,23 @@ impl Device for Balloon {
         if let Some(active) = &mut self.active {
             active.hand_in(done);
         }
+    }
+
+    fn save(&self) -> Option<DeviceState> {
+        Some(DeviceState::Balloon(BalloonState {
+            target_pages: self.target_pages,
+            actual_pages: self.shared.actual_pages.load(Ordering::Acquire),
+            poison: self.poison,
+        }))
+    }
+
+    /// The target becomes what the driver saw; one that was set for the new VM is told when the device goes on.
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Balloon(state) = state else { return Err(RestoreError::Nonsense(balloon::ID)) };
+        self.target_pages = state.target_pages;
+        self.poison = state.poison;
+        self.shared.actual_pages.store(state.actual_pages, Ordering::Release);
+        Ok(())
     }
 
     fn stop(&mut self) {

@@ -9,12 +9,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use event_manager::EventSet;
+use serde::{Deserialize, Serialize};
 use vm_memory::VolatileSlice;
 
 use super::chain::TooShort;
 use super::device::{Activation, Completion, Completions, Device, Handled, Source};
 use super::rate::{LimitHandle, Limiter, Limits};
 use super::spec::block::{self, feature, request, status};
+use super::state::{DeviceState, RestoreError};
 use super::worker::lock;
 use super::{Chain, Reader, Writer};
 use crate::disk::{Buffers, Durability, Engine, Image, Operation, SECTOR_BYTES};
@@ -52,6 +54,15 @@ impl Default for BlockOptions {
     fn default() -> Self {
         Self { serial: String::new(), queues: 1, queue_size: 256, limits: Limits::default() }
     }
+}
+
+/// What a snapshot keeps of a disk: its requests are done, and the image is not part of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockState {
+    /// Size of the image.
+    pub size_bytes: u64,
+    /// The guest may only read.
+    pub read_only: bool,
 }
 
 /// Changes the image of a block device from outside.
@@ -403,6 +414,19 @@ impl Device for Block {
         if let (Some(active), Some(engine)) = (&mut self.active, &mut self.engine) {
             engine.wait();
             active.collect(engine, &self.counters, done);
+        }
+    }
+
+    fn save(&self) -> Option<DeviceState> {
+        let (size_bytes, read_only) = (self.image.size_bytes(), self.read_only());
+        Some(DeviceState::Block(BlockState { size_bytes, read_only }))
+    }
+
+    /// Whether another size is all right is for whoever chose the image to know.
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        match state {
+            DeviceState::Block(_) => Ok(()),
+            _ => Err(RestoreError::Nonsense(block::ID)),
         }
     }
 

@@ -9,11 +9,13 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use event_manager::EventSet;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Chain;
 use super::device::{Activation, Completions, Device, Handled, Source};
 use super::spec::console::{self, RECEIVE, TRANSMIT, feature};
+use super::state::{DeviceState, RestoreError};
 use super::worker::lock;
 use crate::memory::Ram;
 use crate::sandbox;
@@ -34,7 +36,7 @@ pub trait ConsoleSink: Send + Sync {
 }
 
 /// Columns and rows of a terminal.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Size {
     /// Columns.
     pub columns: u16,
@@ -108,6 +110,15 @@ impl Shared {
             let _ = self.room.write(1);
         }
     }
+}
+
+/// What a snapshot keeps of a console.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleState {
+    size: Size,
+    sent: u32,
+    /// Input that the driver has not fetched.
+    input: Vec<u8>,
 }
 
 /// The device.
@@ -238,6 +249,27 @@ impl Device for Console {
 
     fn reconfigure(&mut self, _done: &mut Completions) {
         self.size = *lock(&self.shared.size);
+    }
+
+    fn save(&self) -> Option<DeviceState> {
+        let input = self.shared.input().bytes.iter().copied().collect();
+        Some(DeviceState::Console(ConsoleState { size: self.size, sent: self.sent, input }))
+    }
+
+    /// The driver goes on with the size that it knows; that of the terminal here is told when the device goes on.
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Console(state) = state else { return Err(RestoreError::Nonsense(console::ID)) };
+        if state.input.len() > INPUT_MAX {
+            return Err(RestoreError::Nonsense(console::ID));
+        }
+        self.size = state.size;
+        self.sent = state.sent;
+        self.shared.input().bytes = state.input.into();
+        let mut here = lock(&self.shared.size);
+        if *here == Size::default() || state.size == Size::default() {
+            *here = state.size;
+        }
+        Ok(())
     }
 
     fn stop(&mut self) {

@@ -8,6 +8,7 @@ use event_manager::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Chain;
+use super::state::{DeviceState, RestoreError};
 use crate::memory::Ram;
 use crate::{metrics, sandbox};
 
@@ -117,6 +118,17 @@ pub trait Device: Send {
     /// were never taken. Called when the device comes to rest, after [`Self::drain`].
     fn give_back(&mut self, untouched: &mut Vec<(u16, Chain)>) {
         let _ = untouched;
+    }
+
+    /// Its own state, for a snapshot: while it rests, or is idle. `None` if it cannot be saved.
+    fn save(&self) -> Option<DeviceState> {
+        None
+    }
+
+    /// Takes over a state that [`Self::save`] gave, before it is started.
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let _ = state;
+        Err(RestoreError::Nonsense(self.id()))
     }
 
     /// The driver has reset the device: lets go of guest memory, of chains in flight and of what [`Self::start`]

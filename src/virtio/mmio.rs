@@ -14,7 +14,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::device::{Activation, Device};
 use super::queue::Queue;
 use super::spec::{self, QUEUE_SIZE_MAX, feature, register, status};
-use super::worker::{self, Handle, Parts, Pausing, Shared, lock};
+use super::state::{QueuePosition, RestoreError, SaveError, TransportState};
+use super::worker::{self, Config, Handle, Parts, Pausing, Shared, lock};
 use crate::bus::BusDevice;
 use crate::memory::Ram;
 use crate::metrics;
@@ -61,6 +62,8 @@ pub struct Transport {
 struct State {
     registers: Registers,
     owner: Owner,
+    /// A restored device's queues, which it goes on with when the VM does.
+    restored: Option<Vec<Option<QueuePosition>>>,
 }
 
 /// Who has the device.
@@ -93,7 +96,7 @@ impl ComingToRest {
 
 /// What the driver has written.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Registers {
+pub(super) struct Registers {
     status: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
@@ -140,7 +143,11 @@ impl Transport {
             kicks: kicks.map_err(Error::EventFd)?,
             wake: Arc::new(EventFd::new(EFD_NONBLOCK).map_err(Error::EventFd)?),
             shared: Arc::new(Shared::new(irq, device.config(), counters)),
-            state: Mutex::new(State { registers: Registers::new(&queue_sizes), owner: Owner::Idle(device) }),
+            state: Mutex::new(State {
+                registers: Registers::new(&queue_sizes),
+                owner: Owner::Idle(device),
+                restored: None,
+            }),
             queue_sizes,
         })
     }
@@ -181,10 +188,81 @@ impl Transport {
         }
     }
 
-    /// Lets a paused device go on.
+    /// Lets a paused device go on, or a restored one.
     pub fn resume(&self) {
-        if let Owner::Running(handle) = &lock(&self.state).owner {
+        let mut state = lock(&self.state);
+        if let Some(positions) = state.restored.take() {
+            self.go_on(&mut state, &positions);
+        } else if let Owner::Running(handle) = &state.owner {
             handle.resume();
+        }
+    }
+
+    /// The state of a device that was paused.
+    pub fn save(&self) -> Result<TransportState, SaveError> {
+        let state = lock(&self.state);
+        let (device, positions) = match &state.owner {
+            Owner::Idle(device) => (device.save(), state.restored.clone()),
+            Owner::Running(handle) => {
+                let saved = handle.saved().ok_or(SaveError::AtWork(self.id))?;
+                (saved.device, Some(saved.positions))
+            }
+            Owner::Stopping(_) => return Err(SaveError::AtWork(self.id)),
+            Owner::Lost => return Err(SaveError::Failed(self.id)),
+        };
+        let Config { bytes: config, generation } = self.shared.config().clone();
+        Ok(TransportState {
+            id: self.id,
+            registers: state.registers.clone(),
+            interrupt_status: self.shared.interrupt_status(),
+            device_status: self.shared.device_status(),
+            config,
+            generation,
+            positions,
+            device: device.ok_or(SaveError::Unsupported(self.id))?,
+        })
+    }
+
+    /// Takes over a state. The device goes on with [`Self::resume`]; what differs from then is told to the driver.
+    pub fn restore(&mut self, saved: TransportState) -> Result<(), RestoreError> {
+        let id = self.id;
+        if saved.id != id {
+            return Err(RestoreError::Kind { saved: saved.id, device: id });
+        }
+        let queues = saved.registers.queues.len();
+        if queues != self.queue_sizes.len() {
+            return Err(RestoreError::Queues { id, saved: queues, device: self.queue_sizes.len() });
+        }
+        if saved.positions.as_ref().is_some_and(|positions| positions.len() != queues) {
+            return Err(RestoreError::Nonsense(id));
+        }
+        let state = self.state.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let Owner::Idle(device) = &mut state.owner else { return Err(RestoreError::Nonsense(id)) };
+        device.restore(saved.device)?;
+        self.features = device.features() | feature::COMMON;
+        let missing = saved.registers.driver_features & !self.features;
+        if saved.registers.status & status::FEATURES_OK != 0 && missing != 0 {
+            let hint = if id == super::net::spec::ID { "; its host's taps could do more" } else { "" };
+            return Err(RestoreError::Features { id, missing, hint });
+        }
+        // A device that was broken waits for its reset, and so does one that never was at work.
+        let works = saved.registers.status & DRIVER_OK == DRIVER_OK && saved.device_status == 0;
+        state.restored = saved.positions.filter(|_| works);
+        state.registers = saved.registers;
+        let config = Config { bytes: saved.config, generation: saved.generation };
+        self.shared.restore(saved.interrupt_status, saved.device_status, config);
+        Ok(())
+    }
+
+    /// Starts a restored device where it stood.
+    fn go_on(&self, state: &mut State, positions: &[Option<QueuePosition>]) {
+        self.activate(state, Some(positions));
+        if let Owner::Running(handle) = &state.owner {
+            handle.reconfigure();
+        }
+        // An interrupt may have been on its way.
+        if self.shared.interrupt_status() != 0 {
+            self.shared.interrupt(0);
         }
     }
 
@@ -284,23 +362,32 @@ impl Transport {
             }
             DRIVER_OK => {
                 state.registers.status = value;
-                self.activate(state);
+                self.activate(state, None);
             }
             _ => state.registers.status = value,
         }
     }
 
-    /// Moves the device into a worker of its own.
-    fn activate(&self, state: &mut State) {
+    /// Moves the device into a worker of its own, which goes on at these places of its queues or begins anew.
+    fn activate(&self, state: &mut State, positions: Option<&[Option<QueuePosition>]>) {
         let device = match std::mem::replace(&mut state.owner, Owner::Lost) {
             Owner::Idle(device) => device,
             other => return state.owner = other,
         };
         let features = state.registers.driver_features;
-        let queues = state.registers.queues.iter().zip(&self.queue_sizes).map(|(queue, maximum)| {
-            let queue = Some(queue).filter(|queue| queue.ready)?.build(*maximum, &self.ram)?;
-            Some(Queue::new(queue, self.ram.clone(), features))
-        });
+        let at = |index| match positions {
+            Some(positions) => positions.get(index).copied().flatten(),
+            None => Some(QueuePosition::default()),
+        };
+        let queues = state.registers.queues.iter().zip(&self.queue_sizes).enumerate().map(
+            |(index, (queue, maximum))| {
+                let mut queue = Some(queue).filter(|queue| queue.ready)?.build(*maximum, &self.ram)?;
+                let QueuePosition { next_avail, next_used } = at(index)?;
+                queue.set_next_avail(next_avail);
+                queue.set_next_used(next_used);
+                Some(Queue::new(queue, self.ram.clone(), features))
+            },
+        );
         let parts = Parts {
             device,
             activation: Activation { ram: self.ram.clone(), features },

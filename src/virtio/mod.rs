@@ -20,6 +20,7 @@ pub mod queue;
 pub mod rate;
 pub mod rng;
 pub mod spec;
+pub mod state;
 pub mod vsock;
 mod worker;
 
@@ -28,3 +29,6 @@ pub mod testing;
 
 pub use chain::{Chain, Reader, Writer};
 pub use device::{Activation, Completion, Completions, Device, Handled, Handover, Source};
+
+#[cfg(test)]
+mod state_tests;

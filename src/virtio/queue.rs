@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::chain::{self, Chain, Rules, Segment};
 use super::device::Handover;
 use super::spec;
+use super::state::QueuePosition;
 use crate::memory::Ram;
 
 /// Why a queue cannot be used any further.
@@ -60,6 +61,11 @@ impl Queue {
     /// Chains that were popped and not completed.
     pub fn in_flight(&self) -> u16 {
         self.in_flight
+    }
+
+    /// How far it has come, when no chain is in flight.
+    pub(super) fn position(&self) -> QueuePosition {
+        QueuePosition { next_avail: self.inner.next_avail(), next_used: self.inner.next_used() }
     }
 
     /// Where it lies, for someone else to serve it.

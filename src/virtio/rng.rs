@@ -5,6 +5,7 @@ use std::io;
 use super::Chain;
 use super::device::{Activation, Device, Handled};
 use super::spec::rng;
+use super::state::{DeviceState, RestoreError};
 use crate::memory::Ram;
 use crate::sandbox;
 
@@ -68,6 +69,14 @@ impl Device for Rng {
         let Some(ram) = self.ram.clone() else { return Handled::Done(chain, 0) };
         let written = self.fill(&ram, &chain);
         Handled::Done(chain, written)
+    }
+
+    fn save(&self) -> Option<DeviceState> {
+        Some(DeviceState::Rng)
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        if state == DeviceState::Rng { Ok(()) } else { Err(RestoreError::Nonsense(rng::ID)) }
     }
 
     fn stop(&mut self) {

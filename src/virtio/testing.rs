@@ -9,8 +9,14 @@ use vm_memory::{Bytes, GuestAddress};
 use super::mmio::Transport;
 use super::queue::Queue;
 use super::spec::{descriptor, feature, register, status};
+use super::state::TransportState;
 use crate::bus::BusDevice;
 use crate::memory::Ram;
+
+/// Reads a device's state, as it stands in a snapshot.
+pub fn read_state(bytes: &[u8]) -> Result<TransportState, postcard::Error> {
+    postcard::from_bytes(bytes)
+}
 
 /// One descriptor as a driver writes it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

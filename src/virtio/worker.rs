@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::{Activation, Completions, Device, Handled};
 use super::queue::{self, Queue};
 use super::spec::{interrupt, status};
+use super::state::{DeviceState, QueuePosition};
 use crate::{metrics, sandbox};
 
 /// Chains that are handled before other queues and events get their turn.
@@ -67,7 +68,7 @@ impl Shared {
     }
 
     /// Interrupts the driver for these reasons (virtio 1.2 §4.2.2: the status says which).
-    fn interrupt(&self, reasons: u32) {
+    pub(super) fn interrupt(&self, reasons: u32) {
         self.interrupt_status.fetch_or(reasons, Ordering::AcqRel);
         self.counters.interrupts.add(1);
         // Fails only when 2^64 - 2 interrupts are pending already.
@@ -88,6 +89,13 @@ impl Shared {
     pub(super) fn reset(&self) {
         self.device_status.store(0, Ordering::Release);
         self.interrupt_status.store(0, Ordering::Release);
+    }
+
+    /// Takes over what the driver saw of a device that is restored.
+    pub(super) fn restore(&self, interrupt_status: u32, device_status: u32, config: Config) {
+        self.interrupt_status.store(interrupt_status, Ordering::Release);
+        self.device_status.store(device_status & status::DEVICE_NEEDS_RESET, Ordering::Release);
+        *self.config() = config;
     }
 
     pub(super) fn config(&self) -> MutexGuard<'_, Config> {
@@ -147,6 +155,16 @@ struct Control {
     changed: Condvar,
     config_writes: Mutex<Vec<(u32, Vec<u8>)>>,
     reconfigure: AtomicBool,
+    /// As the worker left it when it came to rest.
+    saved: Mutex<Option<Saved>>,
+}
+
+/// The state of a device that rests.
+#[derive(Clone, Debug)]
+pub(super) struct Saved {
+    /// `None` if it cannot be saved.
+    pub(super) device: Option<DeviceState>,
+    pub(super) positions: Vec<Option<QueuePosition>>,
 }
 
 impl Control {
@@ -204,6 +222,7 @@ pub(super) fn spawn(parts: Parts) -> Result<Handle, (Box<dyn Device>, io::Error)
         changed: Condvar::new(),
         config_writes: Mutex::new(Vec::new()),
         reconfigure: AtomicBool::new(false),
+        saved: Mutex::new(None),
     });
     // The closure of a thread that cannot be started is dropped, so the parts wait for the thread outside of it.
     let parts = Arc::new(Mutex::new(Some(parts)));
@@ -269,6 +288,12 @@ impl Handle {
 
     pub(super) fn resume(&self) {
         self.control.give(Order::Run);
+    }
+
+    /// The state of a worker that rests, as of its last order to do so.
+    pub(super) fn saved(&self) -> Option<Saved> {
+        let rests = matches!(*lock(&self.control.reached), Reached::Paused(_));
+        lock(&self.control.saved).clone().filter(|_| rests)
     }
 
     /// Hands a configuration write to the worker.
@@ -386,6 +411,7 @@ impl Worker {
                 self.unwatch_sources(ops);
                 self.service.pause();
             }
+            *lock(&self.control.saved) = Some(self.service.save());
             self.control.reach(Reached::Paused(order));
         } else if self.service.paused {
             self.service.paused = false;
@@ -749,6 +775,12 @@ impl Service {
             }
         }
         self.interrupt();
+    }
+
+    /// Its state, while it rests.
+    fn save(&self) -> Saved {
+        let positions = self.queues.iter().map(|queue| queue.as_ref().map(Queue::position));
+        Saved { device: self.device.save(), positions: positions.collect() }
     }
 
     pub(super) fn stop(mut self) -> Box<dyn Device> {

@@ -18,6 +18,7 @@ use super::control::{Control, Controlled, State};
 use super::devices;
 use super::kernel;
 use super::pause::Gate;
+use super::snapshot::{Errand, LoadError, Snapshot};
 use super::timeline::Timeline;
 use super::vcpu::VcpuShared;
 use super::{Console, Machine, Vm};
@@ -99,6 +100,9 @@ pub enum Error {
     /// More CPUID leaves or MSRs than KVM takes.
     #[error("{0} entries are more than KVM takes")]
     TooManyEntries(usize),
+    /// A snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] LoadError),
     /// Two devices at one address: a mistake in the platform map.
     #[error(transparent)]
     Overlap(#[from] Overlap),
@@ -106,6 +110,16 @@ pub enum Error {
 
 /// Builds the machine that `config` describes.
 pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
+    assemble(config, None, timeline)
+}
+
+/// Builds the machine that a snapshot was taken of.
+pub fn restore(snapshot: &Snapshot, timeline: &mut Timeline) -> Result<Vm, Error> {
+    assemble(snapshot.config(), Some(snapshot), timeline)
+}
+
+/// Builds a machine, and has it begin with its kernel, or go on where it was saved.
+fn assemble(config: &VmConfig, saved: Option<&Snapshot>, timeline: &mut Timeline) -> Result<Vm, Error> {
     config.validate(host_memory_bytes())?;
     let room_event = event()?;
     let (mut devices, mut handles) = devices::open(config)?;
@@ -123,25 +137,31 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
     if config.cpus as usize > kvm.max_vcpus() {
         return Err(Error::KvmCpus { wanted: config.cpus, max: kvm.max_vcpus() });
     }
-    let kernel_path = kernel_path(config, kind)?;
+    let supported = kvm.supported_cpuid()?;
+    if let Some(saved) = saved {
+        saved.check_host(kind, &supported)?;
+        saved.check_disks(handles.disks.iter().map(|disk| (disk.id.as_str(), disk.handle.image())))?;
+    }
+    let kernel_path = saved.is_none().then(|| kernel_path(config, kind)).transpose()?;
 
-    let ram = memory::allocate(config.memory.bytes())?;
+    let ram = match saved {
+        None => memory::allocate(config.memory.bytes())?,
+        Some(saved) => saved.map_memory()?,
+    };
     for region in ram.iter() {
         let (guest, host, len) = (region.start_addr().0, region.as_ptr(), region.len());
         tracing::debug!("guest memory {guest:#x} at host {host:p}+{len:#x}");
     }
     memory::guard::install(&ram).map_err(Error::Guard)?;
+    memory::file::prepare_to_write();
     timeline.mark("memory mapped");
 
-    // A page fault costs some microseconds with nested paging, so that few and large pages are worth a copy of the kernel.
-    // PVM shadows page tables of small pages whatever the memory is made of.
-    let placement = if kind == Kind::Pvm { boot::Placement::Map } else { boot::Placement::Copy };
-    if placement == boot::Placement::Copy {
-        memory::prefer_huge_pages(&ram);
-    }
-    // Before KVM knows of the memory, so that it need not be told of the mappings that the kernel replaces.
     let slots: Vec<MmioSlot> = (0..devices.len()).filter_map(platform::mmio_slot).collect();
-    let loaded = load_kernel(config, &kernel_path, &ram, &slots, placement, quirks)?;
+    // Before KVM knows of the memory, so that it need not be told of the mappings that the kernel replaces.
+    let loaded = match &kernel_path {
+        Some(path) => Some(load_kernel(config, path, &ram, &slots, kind, quirks)?),
+        None => None,
+    };
     timeline.mark("kernel loaded");
 
     let mut vm = kvm.create_vm()?;
@@ -172,7 +192,7 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
     let mut ports = Bus::default();
     let mut at =
         |place: Ports, device: Arc<dyn BusDevice>| ports.insert(place.start.into(), place.len.into(), device);
-    at(COM1, serial)?;
+    at(COM1, serial.clone())?;
     at(I8042_PORTS, i8042.clone())?;
     at(POWER, power.clone())?;
     at(PVPANIC, Arc::new(PvPanic::new(requests.clone())))?;
@@ -180,8 +200,12 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
 
     let mut mmio = Bus::default();
     let mut transports = Vec::with_capacity(devices.len());
-    for (device, slot) in devices.into_iter().zip(&slots) {
-        let transport = Arc::new(Transport::new(ram.clone(), device, irq(slot.gsi)?)?);
+    for (index, (device, slot)) in devices.into_iter().zip(&slots).enumerate() {
+        let mut transport = Transport::new(ram.clone(), device, irq(slot.gsi)?)?;
+        if let Some(saved) = saved {
+            saved.restore_device(index, &mut transport)?;
+        }
+        let transport = Arc::new(transport);
         for (queue, event) in (0..).zip(transport.queue_events()) {
             vm.register_ioeventfd(event, slot.addr + register::QUEUE_NOTIFY, queue)?;
         }
@@ -190,17 +214,41 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
     }
     timeline.mark("devices made");
 
-    let supported = kvm.supported_cpuid()?;
     let mut vcpus = Vec::with_capacity(config.cpus as usize);
     // Not one of the quirks that help, which may be turned off: without it guest users could become guest kernel.
     let patches = if kind == Kind::Pvm { boot::cpuid::vendor(kvm::pvm::VENDOR).to_vec() } else { Vec::new() };
     for index in 0..config.cpus {
-        let vcpu = vm.create_vcpu(index)?;
-        prepare_vcpu(&vcpu, &supported, &loaded, config, kvm.has_tsc_deadline(), &patches)?;
+        let mut vcpu = vm.create_vcpu(index)?;
+        match (&loaded, saved) {
+            (Some(loaded), _) => {
+                prepare_vcpu(&vcpu, &supported, loaded, config, kvm.has_tsc_deadline(), &patches)?;
+            }
+            (None, Some(saved)) => saved.restore_vcpu(&mut vcpu, &kvm, &vm)?,
+            (None, None) => {}
+        }
         let emulator = quirks.then(Emulator::new);
         vcpus.push((vcpu, emulator));
     }
     timeline.mark("vCPUs made");
+    let machine = Machine {
+        sized,
+        serial,
+        i8042,
+        power,
+        guest_event,
+        transports,
+        kind,
+        msr_indices: kvm.msr_indices()?,
+        generation_id_addr: match (&loaded, saved) {
+            (Some(loaded), _) => loaded.generation_id_addr,
+            (None, saved) => saved.map_or(0, |saved| saved.state.generation_id_addr),
+        },
+        kvm_vm: vm,
+    };
+    if let Some(saved) = saved {
+        saved.restore_machine(&machine, &requests, &ram)?;
+        timeline.mark("state restored");
+    }
 
     for server in &mut handles.file_servers {
         server.wait_ready().map_err(devices::Error::from)?;
@@ -212,21 +260,23 @@ pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
         requests,
         stop: AtomicBool::new(false),
         gate: Gate::default(),
+        errand: Errand::default(),
         failure: Mutex::new(None),
         failed: event()?,
     };
     Ok(Vm {
         shared: Arc::new(shared),
         vcpus,
-        machine: Machine { sized, i8042, power, guest_event, transports, _kvm_vm: vm },
+        machine,
         requests_event,
         room_event,
         consoles,
         control: Control::new().map_err(Error::EventFd)?,
         controlled: Controlled {
-            config: VmConfig { kernel: Some(kernel_path), ..config.clone() },
+            config: VmConfig { kernel: kernel_path.or_else(|| config.kernel.clone()), ..config.clone() },
             handles,
-            state: State::Running,
+            // One that was saved goes on when its devices are told to.
+            state: if saved.is_some() { State::Paused } else { State::Running },
             keeper: None,
         },
         metrics: None,
@@ -306,9 +356,15 @@ fn load_kernel(
     path: &Path,
     ram: &Ram,
     slots: &[MmioSlot],
-    placement: boot::Placement,
+    kind: Kind,
     quirks: bool,
 ) -> Result<boot::Loaded, Error> {
+    // A page fault costs some microseconds with nested paging, so that few and large pages are worth a copy of the kernel.
+    // PVM shadows page tables of small pages whatever the memory is made of.
+    let placement = if kind == Kind::Pvm { boot::Placement::Map } else { boot::Placement::Copy };
+    if placement == boot::Placement::Copy {
+        memory::prefer_huge_pages(ram);
+    }
     let source = boot::Source {
         kernel: boot::Kernel::open(path)?,
         initrd: config.initrd.as_deref().map(boot::Initrd::open).transpose()?,

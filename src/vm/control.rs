@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::config::{Size, VmConfig};
 use super::devices::Handles;
 use super::pause;
+use super::snapshot::{CreateError, Overrides, Place};
 use crate::disk;
 use crate::sandbox::keeper::{Found, Keeper};
 use crate::virtio::balloon::{BalloonHandle, PAGE_BYTES, Statistics};
@@ -32,6 +33,9 @@ pub enum Error {
     /// Bringing the VM to rest failed.
     #[error("the VM cannot be paused")]
     Pause(#[source] pause::Error),
+    /// Saving the VM failed. It goes on as before.
+    #[error("the VM cannot be saved")]
+    Save(#[source] CreateError),
     /// The VM has no balloon.
     #[error("the VM has no balloon; --balloon gives it one")]
     NoBalloon,
@@ -78,6 +82,8 @@ pub enum Command {
     PressPower,
     /// Write metrics out.
     FlushMetrics,
+    /// Save the VM, which rests meanwhile if it runs.
+    Save(Place),
     /// Tell how the balloon stands: [`Reply::Balloon`].
     Balloon,
     /// Ask the guest for so much memory.
@@ -102,6 +108,17 @@ pub enum Command {
         /// Limits on what the guest sends.
         transmit: LimitsChange,
     },
+}
+
+/// Which snapshot to make a VM from, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Where it is.
+    pub place: Place,
+    /// What is other than it was.
+    pub overrides: Overrides,
+    /// Whether the VM goes on at once.
+    pub resume: bool,
 }
 
 /// Whether the VM runs.
@@ -222,8 +239,8 @@ pub(super) struct Controlled {
     pub(super) config: VmConfig,
     pub(super) handles: Handles,
     pub(super) state: State,
-    /// Opens images behind the walls.
-    pub(super) keeper: Option<Keeper>,
+    /// Opens images and makes snapshots' files behind the walls.
+    pub(super) keeper: Option<Arc<Keeper>>,
 }
 
 impl Controlled {
@@ -278,7 +295,11 @@ impl Controlled {
             }
             Command::ChangeNet { net, receive, transmit } => self.limit_net(&net, receive, transmit)?,
             // The main loop's own.
-            Command::Pause | Command::Resume | Command::PressPower | Command::FlushMetrics => {}
+            Command::Pause
+            | Command::Resume
+            | Command::PressPower
+            | Command::FlushMetrics
+            | Command::Save(_) => {}
         }
         Ok(Reply::Done)
     }

@@ -10,10 +10,11 @@ mod kernel;
 pub mod page;
 mod pause;
 mod run;
+pub mod snapshot;
 mod timeline;
 mod vcpu;
 
-pub use build::{Error as BuildError, build};
+pub use build::{Error as BuildError, build, restore};
 pub use devices::Error as DeviceError;
 pub use ended::{EXIT_FAILED, EXIT_PANIC, EXIT_RESET, EXIT_STUCK, EXIT_TRIPLE_FAULT, End, Ended};
 pub use kernel::{directories as kernel_directories, file_name as kernel_file_name, find as find_kernel};
@@ -28,9 +29,10 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::kvm::kind::Kind;
 use crate::kvm::pvm::Emulator;
 use crate::kvm::{self, Vcpu};
-use crate::legacy::{GuestEvent, I8042, PowerBlock};
+use crate::legacy::{GuestEvent, I8042, PowerBlock, Serial};
 use crate::sandbox::keeper::Keeper;
 use crate::virtio::console::ConsoleHandle;
 use crate::virtio::mmio::Transport;
@@ -39,12 +41,17 @@ use crate::virtio::mmio::Transport;
 pub struct Machine {
     /// The console at the terminal, and its place among the devices, if it has a size.
     sized: Option<(usize, ConsoleHandle)>,
+    serial: Arc<Serial>,
     i8042: Arc<I8042>,
     power: Arc<PowerBlock>,
     guest_event: Arc<GuestEvent>,
     transports: Vec<Arc<Transport>>,
     /// With the last handle on the VM go its interrupts and notifications, so it stays open.
-    _kvm_vm: kvm::Vm,
+    kvm_vm: kvm::Vm,
+    kind: Kind,
+    /// The MSRs that make up a vCPU's state.
+    msr_indices: Vec<u32>,
+    generation_id_addr: u64,
 }
 
 impl Machine {
@@ -83,9 +90,15 @@ impl Vm {
         self.metrics = Some(page);
     }
 
-    /// Gives this VM what opens images for it behind the walls.
+    /// Gives this VM what opens images and makes snapshots' files for it behind the walls.
     pub fn set_keeper(&mut self, keeper: Keeper) {
-        self.controlled.keeper = Some(keeper);
+        self.controlled.keeper = Some(Arc::new(keeper));
+    }
+
+    /// Has the VM rest from the start, until it is told to go on.
+    pub fn start_paused(&mut self) {
+        self.controlled.state = control::State::Paused;
+        self.shared.gate.close_early();
     }
 
     /// What controls this VM from another thread, once it runs.

@@ -30,8 +30,17 @@ pub enum Error {
 #[derive(Debug, Default)]
 pub struct Gate {
     closed: AtomicBool,
-    resting: Mutex<usize>,
+    resting: Mutex<Resting>,
     changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Resting {
+    vcpus: usize,
+    /// Number of the last errand.
+    errand: u64,
+    /// How many have done it.
+    done: usize,
 }
 
 impl Gate {
@@ -40,15 +49,42 @@ impl Gate {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Rests until the gate is open, or `stop` is set and [`Gate::open`] called.
-    pub fn rest(&self, stop: &AtomicBool) {
+    /// Closes the gate before any vCPU has started.
+    pub fn close_early(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+
+    /// Rests until the gate is open, or `stop` is set and [`Gate::open`] called. Does its part of an errand whenever
+    /// there is one.
+    pub fn rest(&self, stop: &AtomicBool, mut part_of_errand: impl FnMut()) {
         let mut resting = self.lock();
-        *resting += 1;
+        resting.vcpus += 1;
         self.changed.notify_all();
+        let mut last = resting.errand;
         while self.is_closed() && !stop.load(Ordering::Acquire) {
-            resting = self.changed.wait(resting).unwrap_or_else(PoisonError::into_inner);
+            if resting.errand != last {
+                last = resting.errand;
+                drop(resting);
+                part_of_errand();
+                resting = self.lock();
+                resting.done += 1;
+                self.changed.notify_all();
+            } else {
+                resting = self.changed.wait(resting).unwrap_or_else(PoisonError::into_inner);
+            }
         }
-        *resting -= 1;
+        resting.vcpus -= 1;
+    }
+
+    /// Has all vCPUs that rest do their part of an errand; returns how many did, when all have or the time is over.
+    pub fn send_on_errand(&self) -> usize {
+        let mut resting = self.lock();
+        resting.errand = resting.errand.wrapping_add(1);
+        resting.done = 0;
+        self.changed.notify_all();
+        let all_done = |resting: &mut Resting| resting.done < resting.vcpus;
+        let waited = self.changed.wait_timeout_while(resting, PATIENCE, all_done);
+        waited.unwrap_or_else(PoisonError::into_inner).0.done
     }
 
     /// Lets vCPUs pass.
@@ -58,7 +94,7 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    fn lock(&self) -> MutexGuard<'_, usize> {
+    fn lock(&self) -> MutexGuard<'_, Resting> {
         self.resting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -69,7 +105,7 @@ impl Gate {
         let mut resting = self.lock();
         loop {
             let alive = || threads.iter().filter(|thread| !thread.is_over());
-            if *resting >= alive().count() {
+            if resting.vcpus >= alive().count() {
                 return true;
             }
             if Instant::now() > end {
@@ -91,15 +127,22 @@ pub fn pause<'a>(
 ) -> Result<(), Error> {
     let mut rests = if gate.close(threads) { Ok(()) } else { Err(Error::Vcpu) };
     if rests.is_ok() {
-        // All are told before the first is waited for.
-        let told: Vec<_> = transports.clone().map(|transport| transport.begin_pause(PATIENCE)).collect();
-        for device in told {
-            let device = device.and_then(virtio::mmio::ComingToRest::wait);
-            rests = rests.and(device.map_err(Error::from));
-        }
+        rests = settle(transports.clone());
     }
     if rests.is_err() {
         resume(gate, transports);
+    }
+    rests
+}
+
+/// Brings devices to rest, or has those that rest take note of what was changed since.
+pub fn settle<'a>(transports: impl Iterator<Item = &'a Transport>) -> Result<(), Error> {
+    // All are told before the first is waited for.
+    let told: Vec<_> = transports.map(|transport| transport.begin_pause(PATIENCE)).collect();
+    let mut rests = Ok(());
+    for device in told {
+        let device = device.and_then(virtio::mmio::ComingToRest::wait);
+        rests = rests.and(device.map_err(Error::from));
     }
     rests
 }
@@ -118,19 +161,30 @@ mod tests {
     fn resting_ends_with_the_gate_or_the_vm() {
         for stops in [false, true] {
             let (gate, stop) = (Gate::default(), AtomicBool::new(false));
-            gate.closed.store(true, Ordering::Release);
+            let errands = std::sync::atomic::AtomicUsize::new(0);
+            gate.close_early();
             std::thread::scope(|scope| {
-                let threads: Vec<_> = (0..3).map(|_| scope.spawn(|| gate.rest(&stop))).collect();
-                while *gate.lock() < 3 {
+                let threads: Vec<_> = (0..3)
+                    .map(|_| {
+                        scope.spawn(|| {
+                            gate.rest(&stop, || {
+                                errands.fetch_add(1, Ordering::Relaxed);
+                            })
+                        })
+                    })
+                    .collect();
+                while gate.lock().vcpus < 3 {
                     std::thread::yield_now();
                 }
+                assert_eq!((gate.send_on_errand(), gate.send_on_errand()), (3, 3));
+                assert_eq!(errands.load(Ordering::Relaxed), 6);
                 if stops {
                     stop.store(true, Ordering::Release);
                 }
                 gate.open();
                 threads.into_iter().for_each(|thread| thread.join().unwrap());
             });
-            assert_eq!(*gate.lock(), 0);
+            assert_eq!(gate.lock().vcpus, 0);
             assert!(!gate.is_closed());
         }
     }
@@ -140,6 +194,7 @@ mod tests {
         let gate = Gate::default();
         assert!(pause(&gate, &[], std::iter::empty()).is_ok());
         assert!(gate.is_closed());
+        assert_eq!(gate.send_on_errand(), 0);
         resume(&gate, std::iter::empty());
         assert!(!gate.is_closed());
     }

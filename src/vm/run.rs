@@ -16,6 +16,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::console::{ConsoleInput, ConsoleWriter, Drain, InputState, Line};
 use super::control::{self, Command, Control, Controlled, Reply, State};
 use super::pause;
+use super::snapshot::{self, Place};
 use super::timeline::Timeline;
 use super::vcpu::{self, Failure, VcpuShared, VcpuThread};
 use super::{End, Ended, Vm};
@@ -259,6 +260,25 @@ impl MainLoop {
         }
     }
 
+    /// Saves the VM, which rests meanwhile. That the files are durable it need not wait for.
+    fn save(&mut self, place: &Place) -> Result<(), control::Error> {
+        let runs = self.controlled.state == State::Running;
+        self.pause().map_err(control::Error::Pause)?;
+        // Once more, so that devices tell what has been changed since they came to rest.
+        let devices = pause::settle(self.vm.devices.transports()).map_err(control::Error::Pause);
+        let source = snapshot::Source {
+            shared: &self.vm.shared,
+            machine: &self.vm.devices,
+            config: &self.controlled.config,
+            keeper: self.controlled.keeper.as_ref(),
+        };
+        let written = devices.and_then(|()| snapshot::create(&source, place).map_err(control::Error::Save));
+        if runs {
+            self.resume();
+        }
+        written?.finish().map_err(control::Error::Save)
+    }
+
     /// Carries out the commands that wait.
     fn on_control(&mut self) {
         while let Some((command, answer)) = self.control.take() {
@@ -277,6 +297,7 @@ impl MainLoop {
                     self.write_metrics(true);
                     Ok(Reply::Done)
                 }
+                Command::Save(place) => self.save(&place).map(|()| Reply::Done),
                 other => self.controlled.carry_out(other, &self.vm.devices.transports),
             });
         }
@@ -364,7 +385,7 @@ impl MutEventSubscriber for MainLoop {
         if let Some(kept) = &self.metrics {
             let _ = ops.add(Events::with_data_raw(kept.timer.as_raw_fd(), METRICS, EventSet::IN));
         }
-        if let Some(fd) = self.controlled.keeper.as_ref().and_then(Keeper::followed_fd) {
+        if let Some(fd) = self.controlled.keeper.as_deref().and_then(Keeper::followed_fd) {
             let ended = EventSet::HANG_UP | EventSet::READ_HANG_UP;
             let _ = ops.add(Events::with_data_raw(fd, KEEPER, ended));
         }
@@ -444,6 +465,12 @@ pub fn run(vm: Vm, timeline: &mut Timeline) -> Result<Ended, Error> {
     };
     let writers = consoles.into_iter().map(start_writer).collect::<Result<Vec<_>, _>>()?;
 
+    let mut controlled = controlled;
+    // A VM that was saved, unless it is to rest until it is told otherwise.
+    if controlled.state == State::Paused && !shared.gate.is_closed() {
+        machine.transports().for_each(|transport| transport.resume());
+        controlled.state = State::Running;
+    }
     let threads = Mutex::new(Vec::with_capacity(vcpus.len()));
     let vm = Arc::new(VmHandles { shared, devices: machine, requests_event, room_event, threads });
     timeline.kvm_calls = kvm::take_call_times();

@@ -9,6 +9,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::pause::Gate;
+use super::snapshot::Errand;
 use crate::bus::Bus;
 use crate::kvm::pvm::Emulator;
 use crate::kvm::{Exit, Kick, Vcpu};
@@ -52,6 +53,8 @@ pub struct VcpuShared {
     pub stop: AtomicBool,
     /// Where vCPUs rest while the VM is paused.
     pub gate: Gate,
+    /// What they are asked for while they rest.
+    pub errand: Errand,
     /// The first failure of a vCPU.
     pub failure: Mutex<Option<Failure>>,
     /// Signalled when a failure was left.
@@ -133,6 +136,9 @@ pub fn spawn(
 
 fn run(vcpu: &mut Vcpu, mut emulator: Option<&mut Emulator>, shared: &VcpuShared) -> Result<(), Failure> {
     let mut bound = vcpu.bind_to_thread();
+    if shared.gate.is_closed() {
+        rest(bound.vcpu(), shared);
+    }
     while !shared.stops() {
         let exit = bound.run().map_err(|error| Failure::Stuck(crate::error_chain(&error)))?;
         if let Some(counter) = metrics::EXITS.get(reason(&exit)) {
@@ -153,7 +159,7 @@ fn run(vcpu: &mut Vcpu, mut emulator: Option<&mut Emulator>, shared: &VcpuShared
             if shared.gate.is_closed() {
                 // What the guest's last access was owed, KVM has taken: the interrupted run completed it.
                 bound.vcpu().tell_paused();
-                shared.gate.rest(&shared.stop);
+                rest(bound.vcpu(), shared);
             }
         }
     }
@@ -172,6 +178,10 @@ fn reason(exit: &Exit<'_>) -> usize {
         Exit::TripleFault | Exit::Reset | Exit::PowerOff | Exit::Crash => 6,
         _ => 7,
     }
+}
+
+fn rest(vcpu: &mut Vcpu, shared: &VcpuShared) {
+    shared.gate.rest(&shared.stop, || shared.errand.carry_out(vcpu));
 }
 
 /// Answers one exit. The only place that knows what each kind of exit means.

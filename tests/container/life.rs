@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 
 use super::home::{Home, IMAGE, Wall, can_run, finish};
-use crate::support::has_tool;
+use crate::support::{has_tool, skip};
 
 /// A program that says which signals it gets, and ends by SIGTERM with 5.
 const TALKER: &str = "trap 'echo usr1' USR1; trap 'echo hup' HUP; trap 'echo term; exit 5' TERM

@@ -25,6 +25,7 @@ pub use self::vhost::Vhost;
 use super::Chain;
 use super::device::{Activation, Completions, Device, Handled, Handover, Source};
 use super::rate::{LimitHandle, Limiter, Limits};
+use super::state::{DeviceState, RestoreError};
 use crate::memory::Ram;
 use crate::tap::{HEADER_BYTES, Piece, Tap, offload};
 use crate::{metrics, sandbox};
@@ -92,8 +93,18 @@ pub struct Net {
     transmit_limiter: Limiter,
     vhost: Option<Vhost>,
     counters: Arc<metrics::Device>,
+    /// What the driver chose before the VM was restored, until the device is started.
+    chosen: Option<State>,
     /// While the driver is ready.
     active: Option<Active>,
+}
+
+/// What a snapshot keeps of a network device: packets in flight are lost, as on a wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetState {
+    mac: [u8; 6],
+    mtu: u16,
+    chosen: Option<State>,
 }
 
 struct Active {
@@ -113,7 +124,7 @@ struct Active {
 
 /// What the driver has chosen since it became ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct State {
+pub struct State {
     /// Pairs of queues that are used.
     pairs: u16,
     /// Features whose packets it takes.
@@ -150,6 +161,7 @@ impl Net {
             counters: metrics::Device::new("net", &*options.id, metrics::Own::Net(Box::default())),
             tap,
             vhost,
+            chosen: None,
             active: None,
         }
     }
@@ -377,6 +389,14 @@ impl Device for Net {
             handed: false,
             called: false,
         });
+        if let Some(State { pairs, offloads }) = self.chosen.take() {
+            if pairs != 1 {
+                self.set_pairs(pairs)?;
+            }
+            if offloads != features {
+                self.set_offloads(offloads)?;
+            }
+        }
         Ok(())
     }
 
@@ -482,7 +502,19 @@ impl Device for Net {
         }
     }
 
+    fn save(&self) -> Option<DeviceState> {
+        let chosen = self.active.as_ref().map(|active| active.state).or(self.chosen);
+        Some(DeviceState::Net(NetState { mac: self.mac, mtu: self.mtu, chosen }))
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Net(state) = state else { return Err(RestoreError::Nonsense(spec::ID)) };
+        (self.mac, self.mtu, self.chosen) = (state.mac, state.mtu, state.chosen);
+        Ok(())
+    }
+
     fn stop(&mut self) {
+        self.chosen = None;
         // Before guest memory goes.
         self.take_back();
         self.active = None;

@@ -12,6 +12,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 
 use event_manager::EventSet;
+use serde::{Deserialize, Serialize};
 
 use self::muxer::Muxer;
 use self::packet::Header;
@@ -19,11 +20,21 @@ use self::unix::{Event, UnixHost};
 use super::Chain;
 use super::device::{Activation, Device, Handled, Source};
 use super::spec::vsock::{self, feature, queue};
+use super::state::{DeviceState, RestoreError};
 use crate::memory::Ram;
 use crate::sandbox;
 
 /// Sizes of the queues for packets to the guest, from the guest, and for events.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+
+/// What a snapshot keeps of a socket device: not its connections, whose other ends are not in the VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockState {
+    guest_cid: u64,
+    /// A driver was ready, and is to be told that its connections are gone.
+    had_driver: bool,
+    next_port: u32,
+}
 
 /// A socket device.
 pub struct Vsock {
@@ -132,7 +143,27 @@ impl Device for Vsock {
         }
     }
 
+    fn save(&self) -> Option<DeviceState> {
+        Some(DeviceState::Vsock(VsockState {
+            guest_cid: self.guest_cid,
+            had_driver: self.ram.is_some() || self.reset_due,
+            next_port: self.muxer.next_port(),
+        }))
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Vsock(state) = state else { return Err(RestoreError::Nonsense(vsock::ID)) };
+        self.guest_cid = state.guest_cid;
+        self.muxer = Muxer::new(state.guest_cid);
+        self.muxer.go_on_at(state.next_port);
+        if state.had_driver {
+            self.announce_reset();
+        }
+        Ok(())
+    }
+
     fn stop(&mut self) {
+        self.reset_due = false;
         self.muxer.clear();
         self.host.stop();
         self.ram = None;

@@ -148,6 +148,16 @@ impl<S: Stream> Muxer<S> {
         self.entries.values().map(|entry| entry.connection.backlog_len()).sum()
     }
 
+    /// The port that the host's next connection gets, if it is free.
+    pub fn next_port(&self) -> u32 {
+        self.next_port
+    }
+
+    /// Goes on with that port, so that new connections are not taken for those that the guest still remembers.
+    pub fn go_on_at(&mut self, port: u32) {
+        self.next_port = port.clamp(FIRST_HOST_PORT, PORT_ANY - 1);
+    }
+
     /// Ends all connections at once, without a word to the guest.
     pub fn clear(&mut self) {
         // Ports go on, so that a late packet meets no new connection.
