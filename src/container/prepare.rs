@@ -507,10 +507,11 @@ pub fn sweep(records: &Records) -> Result<(), Error> {
         let entries = fs::read_dir(place).into_iter().flatten().flatten();
         entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
     };
-    let there: Vec<String> = names(&roots.containers());
     let (containers, sandboxes) = (roots.run.join("containers"), roots.run.join("sandboxes"));
     let mut left = names(&containers);
     left.extend(names(&sandboxes));
+    // Read after them: a container that is made meanwhile has its record first.
+    let there: Vec<String> = names(&roots.containers());
     // Whoever holds a life is about to take its container away.
     left.retain(|name| !there.iter().any(|id| run_name(id) == name) && !records.is_supervised(name));
     if left.is_empty() {

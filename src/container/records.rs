@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::config::ContainerConfig;
 use super::files::{self, Lock, host};
@@ -200,12 +200,23 @@ impl Records {
 
     /// Takes a container's life: nobody else is its supervisor, starts it or removes it. `None` if somebody is.
     pub fn take_life(&self, id: &str) -> Result<Option<Lock>, Error> {
-        Ok(Lock::try_take(&self.life(id)?)?)
+        self.with_life(id, Lock::try_take)
     }
 
     /// Waits until nobody has a container's life, and takes it.
     pub fn await_life(&self, id: &str) -> Result<Lock, Error> {
-        Ok(Lock::wait(&self.life(id)?)?)
+        self.with_life(id, Lock::wait)
+    }
+
+    fn with_life<T>(&self, id: &str, take: impl Fn(&Path) -> Result<T, files::Error>) -> Result<T, Error> {
+        loop {
+            match take(&self.life(id)?) {
+                // Whoever removes or clears up containers has taken the directory away before the lock was there.
+                Err(error) if error.is_missing() && self.roots.container(id).exists() => {}
+                Err(error) if error.is_missing() => return Err(Error::Unknown(id.into())),
+                result => return Ok(result?),
+            }
+        }
     }
 
     /// Whether a container has a supervisor.

@@ -191,8 +191,18 @@ impl Home {
         }
     }
 
-    /// What containers that are gone have left on this host: nothing but what `kept` says of the data.
+    /// What containers that are gone have left on this host. A supervisor ends moments after it has told of the end.
     pub fn left(&self) -> Vec<String> {
+        let deadline = Instant::now() + LINUX_PATIENCE;
+        while !self.processes().is_empty() && self.left_files().is_empty() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let mut left = self.left_files();
+        left.extend(self.processes().into_iter().map(|(pid, line)| format!("process {pid} {line}")));
+        left
+    }
+
+    fn left_files(&self) -> Vec<String> {
         let root = self.directory.path().to_str().expect("a path");
         let mut left = vec![];
         let mounts = fs::read_to_string("/proc/self/mountinfo").expect("mounts");
@@ -204,7 +214,6 @@ impl Home {
                 }
             }
         }
-        left.extend(self.processes().into_iter().map(|(pid, line)| format!("process {pid} {line}")));
         left
     }
 
