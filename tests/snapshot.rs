@@ -180,6 +180,20 @@ fn snapshot_is_made_and_loaded_through_the_socket() {
     second.send("cq");
     second.wait(PATIENCE).exits(4);
 
+    // So does an rvmm that waits to be told what to boot, until it is told.
+    let api = Api::new(&first.guest.path("any"));
+    let mut third = Monitor::new().arg("--api-socket").arg(&api.path).start_with_input();
+    api.refuses("PUT", "/snapshot/create", &format!("{{{paths}}}"), 400, "before starting");
+    api.change("PUT", "/snapshot/load", &load);
+    assert_eq!(api.get("/").get("state").unwrap(), "Running");
+    third.send("cdq");
+    third.wait(PATIENCE).exits(5);
+    let fourth = Monitor::new().arg("--api-socket").arg(&api.path).start_quiet();
+    api.change("PUT", "/machine-config", "{\"vcpu_count\":1,\"mem_size_mib\":64}");
+    api.refuses("PUT", "/snapshot/load", &load, 400, "after configuring");
+    fourth.signal(nix::sys::signal::Signal::SIGTERM);
+    fourth.wait(PATIENCE).exits(0);
+
     let waiting = Monitor::new().args(["restore", "--api-socket"]).arg(&api.path).start_quiet();
     api.get("/");
     waiting.signal(nix::sys::signal::Signal::SIGTERM);
