@@ -40,6 +40,9 @@ impl Device for Mock {
     fn id(&self) -> u32 {
         4242
     }
+    fn walls(&self) -> rvmm::sandbox::Kind {
+        rvmm::sandbox::Kind::Rng
+    }
     fn features(&self) -> u64 {
         0b1010
     }
