@@ -306,6 +306,8 @@ fn walls_are_up_where_a_vm_is_saved_and_where_it_goes_on() {
     }
     let devices = ["--rng", "--balloon", "--cpus", "2"];
     let mut first = Saved::start(&devices);
+    // The guest may be faster than the main thread, which answers behind its walls.
+    first.api.get("/");
     has_walls(first.running.pid());
     first.feed("a");
     let place = first.snapshot();
@@ -315,6 +317,7 @@ fn walls_are_up_where_a_vm_is_saved_and_where_it_goes_on() {
     let mut second = restore(&place).arg("--api-socket").arg(&api.path).start_with_input();
     second.send("c");
     second.expect("c");
+    api.get("/");
     has_walls(second.pid());
     // What cannot be is said by the keeper.
     let nowhere = "{\"snapshot_path\":\"/proc/nowhere/state\"}";
@@ -355,6 +358,7 @@ fn snapshots_of_a_jail_lie_in_it() {
     let mut running = second.start_with_input();
     running.send("b");
     running.expect("b");
+    api.get("/");
     let monitor = sandbox::child_of(running.pid());
     has_walls(monitor);
     assert_eq!(sandbox::status_of(monitor, "Uid").split_whitespace().next(), Some("123456"));
