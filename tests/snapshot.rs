@@ -180,6 +180,20 @@ fn snapshot_is_made_and_loaded_through_the_socket() {
     second.send("cq");
     second.wait(PATIENCE).exits(4);
 
+    // So does an rvmm that waits to be told what to boot, until it is told.
+    let api = Api::new(&first.guest.path("any"));
+    let mut third = Monitor::new().arg("--api-socket").arg(&api.path).start_with_input();
+    api.refuses("PUT", "/snapshot/create", &format!("{{{paths}}}"), 400, "before starting");
+    api.change("PUT", "/snapshot/load", &load);
+    assert_eq!(api.get("/").get("state").unwrap(), "Running");
+    third.send("cdq");
+    third.wait(PATIENCE).exits(5);
+    let fourth = Monitor::new().arg("--api-socket").arg(&api.path).start_quiet();
+    api.change("PUT", "/machine-config", "{\"vcpu_count\":1,\"mem_size_mib\":64}");
+    api.refuses("PUT", "/snapshot/load", &load, 400, "after configuring");
+    fourth.signal(nix::sys::signal::Signal::SIGTERM);
+    fourth.wait(PATIENCE).exits(0);
+
     let waiting = Monitor::new().args(["restore", "--api-socket"]).arg(&api.path).start_quiet();
     api.get("/");
     waiting.signal(nix::sys::signal::Signal::SIGTERM);
@@ -292,6 +306,8 @@ fn walls_are_up_where_a_vm_is_saved_and_where_it_goes_on() {
     }
     let devices = ["--rng", "--balloon", "--cpus", "2"];
     let mut first = Saved::start(&devices);
+    // The guest may be faster than the main thread, which answers behind its walls.
+    first.api.get("/");
     has_walls(first.running.pid());
     first.feed("a");
     let place = first.snapshot();
@@ -301,6 +317,7 @@ fn walls_are_up_where_a_vm_is_saved_and_where_it_goes_on() {
     let mut second = restore(&place).arg("--api-socket").arg(&api.path).start_with_input();
     second.send("c");
     second.expect("c");
+    api.get("/");
     has_walls(second.pid());
     // What cannot be is said by the keeper.
     let nowhere = "{\"snapshot_path\":\"/proc/nowhere/state\"}";
@@ -341,6 +358,7 @@ fn snapshots_of_a_jail_lie_in_it() {
     let mut running = second.start_with_input();
     running.send("b");
     running.expect("b");
+    api.get("/");
     let monitor = sandbox::child_of(running.pid());
     has_walls(monitor);
     assert_eq!(sandbox::status_of(monitor, "Uid").split_whitespace().next(), Some("123456"));

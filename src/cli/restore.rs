@@ -132,8 +132,18 @@ pub fn run(arguments: &RestoreArguments, mut timeline: Timeline) -> anyhow::Resu
         api_socket: arguments.api_socket.as_deref(),
         metrics: None,
     };
-    // First of all, while little is open. Whether there is a socket to keep is in the snapshot.
-    let keeper = match walls.start_keeper(true)? {
+    // Without clients and a jail, the snapshot says whether there is a socket to keep.
+    let mut opened = match (&arguments.directory, &arguments.api_socket, &arguments.jail) {
+        (Some(directory), None, None) => Some(Snapshot::open(&Place::directory(directory))?),
+        _ => None,
+    };
+    let has_vsock = opened.as_ref().is_some_and(|snapshot| snapshot.config().vsock.is_some());
+    if has_vsock {
+        // The keeper needs no guest's memory.
+        opened = None;
+    }
+    // First of all, while little is open.
+    let keeper = match walls.start_keeper(has_vsock)? {
         Some(Side::Keeper(code)) => return Ok(code),
         Some(Side::Monitor(keeper)) => Some(keeper),
         None => None,
@@ -145,7 +155,8 @@ pub fn run(arguments: &RestoreArguments, mut timeline: Timeline) -> anyhow::Resu
         (Some(directory), socket) => {
             let place = Place::directory(directory);
             let load = Load { place, overrides, resume: !arguments.paused };
-            let (vm, config) = restore(&load, &mut timeline)?;
+            let snapshot = opened.map_or_else(|| Snapshot::open(&load.place), Ok)?;
+            let (vm, config) = restore_opened(snapshot, &load, &mut timeline)?;
             (Built { vm, config, start: None }, socket)
         }
         (None, Some(socket)) => {
@@ -170,7 +181,14 @@ pub fn run(arguments: &RestoreArguments, mut timeline: Timeline) -> anyhow::Resu
 
 /// Builds the VM that a snapshot is of.
 pub(super) fn restore(load: &Load, timeline: &mut Timeline) -> anyhow::Result<(Vm, VmConfig)> {
-    let mut snapshot = Snapshot::open(&load.place)?;
+    restore_opened(Snapshot::open(&load.place)?, load, timeline)
+}
+
+fn restore_opened(
+    mut snapshot: Snapshot,
+    load: &Load,
+    timeline: &mut Timeline,
+) -> anyhow::Result<(Vm, VmConfig)> {
     snapshot.replace(&load.overrides)?;
     timeline.mark("snapshot read");
     let mut vm = vm::restore(&snapshot, timeline)?;

@@ -53,7 +53,7 @@ impl Walls<'_> {
             if let Some(page) = self.metrics {
                 keeper.write_pages_to(page).with_context(|| format!("cannot write metrics to {page:?}"))?;
             }
-            keeper.seal()?;
+            keeper.seal(self.api_socket.is_some())?;
             vm.set_keeper(keeper);
         }
         let parent =

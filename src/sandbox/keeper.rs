@@ -55,8 +55,8 @@ enum Request {
     PageAt(PathBuf),
     /// Replace the page by this one.
     Page(String),
-    /// The walls go up: nothing more to remember.
-    Seal,
+    /// The walls go up: nothing more to remember. Whether a client may ask for images and snapshots.
+    Seal { controlled: bool },
     /// Open an image, unless it is the one with these numbers.
     Open { path: PathBuf, read_only: bool, have: Option<Numbers> },
     /// Make the files of a snapshot, and hand over the one for memory.
@@ -153,9 +153,9 @@ impl Keeper {
         }
     }
 
-    /// Nothing more is to be remembered.
-    pub fn seal(&self) -> io::Result<()> {
-        match self.ask(&Request::Seal)? {
+    /// Nothing more is to be remembered. Images and snapshots are only for a VM that clients control.
+    pub fn seal(&self, controlled: bool) -> io::Result<()> {
+        match self.ask(&Request::Seal { controlled })? {
             (Answer::Failed(why), _) => Err(io::Error::other(why)),
             _ => Ok(()),
         }
@@ -351,7 +351,7 @@ fn serve(socket: &OwnedFd, child: Option<(Pid, &Jail)>) -> Result<ExitCode, Erro
     let mut files: Vec<Remembered> = Vec::new();
     let mut page: Option<Page> = None;
     let mut writing: Option<Writing> = None;
-    let mut sealed = false;
+    let (mut sealed, mut controlled) = (false, false);
     let mut room = vec![0; MESSAGE_BYTES];
     let status = loop {
         if let Some(signals) = &signals {
@@ -397,18 +397,18 @@ fn serve(socket: &OwnedFd, child: Option<(Pid, &Jail)>) -> Result<ExitCode, Erro
                     Err(error) => (Answer::Failed(error.to_string()), None),
                 }
             }
-            Ok(Request::Seal) if !sealed => {
-                sealed = true;
+            Ok(Request::Seal { controlled: by_clients }) if !sealed => {
+                (sealed, controlled) = (true, by_clients);
                 match seal(child.map(|(_, jail)| jail)) {
                     Ok(()) => (Answer::Done, None),
                     // The monitor says it, and ends.
                     Err(error) => (Answer::Failed(crate::error_chain(&error)), None),
                 }
             }
-            Ok(Request::Open { path, read_only, have }) if sealed => open(&path, read_only, have),
+            Ok(Request::Open { path, read_only, have }) if controlled => open(&path, read_only, have),
             Ok(
                 request @ (Request::Save { .. } | Request::SavedState | Request::Saved | Request::NotSaved),
-            ) if sealed => {
+            ) if controlled => {
                 let result = save(request, &mut writing);
                 result.unwrap_or_else(|error| (Answer::Failed(crate::error_chain(&error)), None))
             }
