@@ -269,3 +269,30 @@ impl Records {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn life_is_taken_while_its_directory_is_cleared_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let roots = Roots { data: directory.path().join("data"), run: directory.path().join("run") };
+        let records = Records { roots: roots.clone() };
+        let id = "a".repeat(64);
+        fs::create_dir_all(roots.container(&id)).unwrap();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let _ = files::remove_tree(&roots.container_run(&id));
+                }
+            });
+            let failed = (0..1000).find_map(|_| records.await_life(&id).err());
+            stop.store(true, Ordering::Relaxed);
+            assert!(failed.is_none(), "{failed:?}");
+        });
+    }
+}

@@ -193,7 +193,7 @@ impl Home {
 
     /// What containers that are gone have left on this host. A supervisor ends moments after it has told of the end.
     pub fn left(&self) -> Vec<String> {
-        let deadline = Instant::now() + LINUX_PATIENCE;
+        let deadline = Instant::now() + Duration::from_secs(20);
         while !self.processes().is_empty() && self.left_files().is_empty() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(20));
         }
