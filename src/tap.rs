@@ -340,13 +340,14 @@ impl Tap {
 
     /// Has the host use the first `count` queues and no others.
     pub fn set_active(&mut self, count: usize) -> io::Result<()> {
-        let Ok(interface) = Interface::new(&self.name) else { return Ok(()) };
         for (index, queue) in self.queues.iter_mut().enumerate() {
             let attach = index < count;
             if attach != queue.attached {
                 let flag = if attach { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
                 if self.real {
-                    interface.control(&queue.fd, libc::TUNSETQUEUE, flag as c_short)?;
+                    let mut request = request();
+                    request.ifr_ifru.ifru_flags = flag as c_short;
+                    call(queue.fd.as_raw_fd(), libc::TUNSETQUEUE, &mut request)?;
                 }
                 queue.attached = attach;
             }
@@ -406,6 +407,18 @@ impl Tap {
     }
 }
 
+/// An interface request that names none.
+fn request() -> libc::ifreq {
+    // SAFETY: all bytes zero is a value of each of its fields.
+    unsafe { std::mem::zeroed() }
+}
+
+fn call(fd: RawFd, number: libc::Ioctl, request: &mut libc::ifreq) -> io::Result<()> {
+    // SAFETY: all requests made here read and write one ifreq, which is mutably borrowed for the call.
+    let result = unsafe { libc::ioctl(fd, number, std::ptr::from_mut(request)) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// An interface by its name, in this thread's network namespace.
 struct Interface {
     name: CString,
@@ -435,30 +448,23 @@ impl Interface {
     }
 
     fn request(&self) -> libc::ifreq {
-        // SAFETY: all bytes zero is a value of each of its fields.
-        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        let mut request = request();
         for (to, from) in request.ifr_name.iter_mut().zip(self.name.as_bytes()) {
             *to = *from as libc::c_char;
         }
         request
     }
 
-    fn call(&self, fd: RawFd, number: libc::Ioctl, request: &mut libc::ifreq) -> io::Result<()> {
-        // SAFETY: all requests made here read and write one ifreq, which is mutably borrowed for the call.
-        let result = unsafe { libc::ioctl(fd, number, std::ptr::from_mut(request)) };
-        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-    }
-
     /// A request to the tun driver with these flags.
     fn control(&self, fd: &OwnedFd, number: libc::Ioctl, flags: c_short) -> io::Result<()> {
         let mut request = self.request();
         request.ifr_ifru.ifru_flags = flags;
-        self.call(fd.as_raw_fd(), number, &mut request)
+        call(fd.as_raw_fd(), number, &mut request)
     }
 
     fn flags(&self) -> io::Result<c_short> {
         let mut request = self.request();
-        self.call(self.socket.as_raw_fd(), libc::SIOCGIFFLAGS, &mut request)?;
+        call(self.socket.as_raw_fd(), libc::SIOCGIFFLAGS, &mut request)?;
         // SAFETY: the request has filled in this field, and any bits are a value of it.
         Ok(unsafe { request.ifr_ifru.ifru_flags })
     }
@@ -470,12 +476,12 @@ impl Interface {
     fn set_up(&self) -> io::Result<()> {
         let mut request = self.request();
         request.ifr_ifru.ifru_flags = self.flags()? | libc::IFF_UP as c_short;
-        self.call(self.socket.as_raw_fd(), libc::SIOCSIFFLAGS, &mut request)
+        call(self.socket.as_raw_fd(), libc::SIOCSIFFLAGS, &mut request)
     }
 
     fn mtu(&self) -> io::Result<u16> {
         let mut request = self.request();
-        self.call(self.socket.as_raw_fd(), libc::SIOCGIFMTU, &mut request)?;
+        call(self.socket.as_raw_fd(), libc::SIOCGIFMTU, &mut request)?;
         // SAFETY: the request has filled in this field, and any bits are a value of it.
         let mtu = unsafe { request.ifr_ifru.ifru_mtu };
         Ok(mtu.clamp(0, u16::MAX.into()) as u16)
@@ -484,12 +490,12 @@ impl Interface {
     fn set_mtu(&self, mtu: u16) -> io::Result<()> {
         let mut request = self.request();
         request.ifr_ifru.ifru_mtu = mtu.into();
-        self.call(self.socket.as_raw_fd(), libc::SIOCSIFMTU, &mut request)
+        call(self.socket.as_raw_fd(), libc::SIOCSIFMTU, &mut request)
     }
 
     fn mac(&self) -> io::Result<[u8; 6]> {
         let mut request = self.request();
-        self.call(self.socket.as_raw_fd(), libc::SIOCGIFHWADDR, &mut request)?;
+        call(self.socket.as_raw_fd(), libc::SIOCGIFHWADDR, &mut request)?;
         // SAFETY: the request has filled in this field, and any bits are a value of it.
         let address = unsafe { request.ifr_ifru.ifru_hwaddr.sa_data };
         let mut mac = [0; 6];
@@ -509,7 +515,7 @@ impl Interface {
         let bridge = Self::new(bridge)?;
         let mut request = bridge.request();
         request.ifr_ifru.ifru_ifindex = index as c_int;
-        match bridge.call(bridge.socket.as_raw_fd(), SIOCBRADDIF, &mut request) {
+        match call(bridge.socket.as_raw_fd(), SIOCBRADDIF, &mut request) {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(()),
             other => other,
         }
