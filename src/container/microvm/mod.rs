@@ -486,6 +486,15 @@ struct Executed {
     exit: Option<ExitStatus>,
 }
 
+impl Drop for Executed {
+    fn drop(&mut self) {
+        // Not before: the agent forgets the process's streams with it, and one that was opened late may still have output.
+        if self.exit.is_some() {
+            let _ = self.client.delete_process(&self.container, self.number);
+        }
+    }
+}
+
 impl Execution for Executed {
     fn exit_event(&self) -> BorrowedFd<'_> {
         self.client.as_fd()
@@ -498,7 +507,6 @@ impl Execution for Executed {
                     if container == self.container && process == self.number =>
                 {
                     self.exit = Some(exit_status(status));
-                    let _ = self.client.delete_process(&self.container, self.number);
                 }
                 Ok(Some(_)) => {}
                 Ok(None) => return Ok(None),
