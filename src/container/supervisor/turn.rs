@@ -15,8 +15,9 @@ use crate::container::log::Source;
 use crate::container::prepare;
 use crate::container::state::{Status, now_ns};
 
-/// How long output may still come when the container's process has ended: somebody else may hold the streams open.
-const DRAIN: Duration = Duration::from_secs(2);
+/// How long output may still come when the container's process has ended: somebody else may hold the streams open. With a process
+/// namespace of its own nobody does, and what is late is a slow host's.
+const DRAIN: Duration = Duration::from_secs(10);
 /// How long SIGKILL may take before its failure is said.
 const KILL_PATIENCE: Duration = Duration::from_secs(30);
 /// Exit code where nobody knows it.
