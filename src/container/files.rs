@@ -48,7 +48,17 @@ pub(super) fn host(what: &'static str, path: &Path) -> impl FnOnce(io::Error) ->
 
 /// Makes a directory that only this user may enter, and those above it.
 pub fn make_directory(path: &Path) -> Result<(), Error> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(host("make the directory", path))
+    loop {
+        match fs::DirBuilder::new().recursive(true).mode(0o700).create(path) {
+            // It was there, and somebody has removed it since.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && is_gone(path) => {}
+            result => return result.map_err(host("make the directory", path)),
+        }
+    }
+}
+
+fn is_gone(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 /// Makes a directory that others may enter, and those above it.
