@@ -136,6 +136,7 @@ fn rounds(cpus: u32, rounds: u32, with_disk: bool) {
 }
 
 #[test]
+#[ignore = "long, and not yet seen to pass in an emulated machine: scripts/test --long runs it"]
 fn linux_goes_on_with_its_disk_clocks_and_sockets() {
     if has_fast_kvm() {
         rounds(1, 10, true);
@@ -143,6 +144,7 @@ fn linux_goes_on_with_its_disk_clocks_and_sockets() {
 }
 
 #[test]
+#[ignore = "long, and not yet seen to pass in an emulated machine: scripts/test --long runs it"]
 fn linux_with_two_processors_goes_on() {
     if has_fast_kvm() {
         rounds(2, 5, true);
@@ -150,6 +152,7 @@ fn linux_with_two_processors_goes_on() {
 }
 
 #[test]
+#[ignore = "long, and not yet seen to pass in an emulated machine: scripts/test --long runs it"]
 fn linux_with_four_processors_goes_on() {
     if has_fast_kvm() {
         rounds(4, 5, true);
