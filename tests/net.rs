@@ -27,7 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 const WORK: Duration = Duration::from_secs(300);
 
 /// Whether this process may make taps and namespaces; says so if not.
-fn has_network() -> bool {
+pub fn has_network() -> bool {
     if !is_root() || !has_tool("ip") {
         return false;
     }
@@ -55,11 +55,11 @@ fn ip(line: &str) -> String {
 }
 
 /// Something that `ip` made, and the line that takes it away again.
-struct Made(String);
+pub struct Made(String);
 
 impl Made {
     /// A tap of the host's own, with an address.
-    fn tap(name: &str, address: &str, options: &str) -> Made {
+    pub fn tap(name: &str, address: &str, options: &str) -> Made {
         ip(&format!("tuntap add {name} mode tap {options}"));
         let made = Made(format!("link del {name}"));
         ip(&format!("addr add {address} dev {name}"));

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use rvmm::kvm::kind::Kind;
 
+use crate::net::{Made, has_network};
 use crate::support::guest::linux_for_tests;
 use crate::support::monitor::Running;
-use crate::support::{LINUX_PATIENCE, PATIENCE, Script, announce, directory, image, kvm_kind};
+use crate::support::{LINUX_PATIENCE, PATIENCE, Script, announce, directory, has_fast_kvm, image, kvm_kind};
 
 /// The host's port for the guest's socket.
 const PORT: u32 = 5000;
@@ -23,6 +24,7 @@ spare=$(ls -d $bus/devices/*/block/vdc); spare=${spare#$bus/devices/}; spare=${s
 devices="$spare:virtio_blk $(of_kind 0x0004):virtio_rng $(of_kind 0x0005):virtio_balloon"
 devices="$devices $(of_kind 0x0003):virtio_console $(of_kind 0x0013):vmw_vsock_virtio_transport"
 [ -n "$(of_kind 0x001a)" ] && devices="$devices $(of_kind 0x001a):virtiofs"
+[ -n "$(of_kind 0x0001)" ] && devices="$devices $(of_kind 0x0001):virtio_net"
 use_all() {
     [ "$(dd if=/dev/vdc bs=512 count=1 2>/dev/null | wc -c)" = 512 ] || echo "round $1: the disk"
     [ "$(dd if=/dev/hwrng bs=16 count=1 2>/dev/null | wc -c)" = 16 ] || echo "round $1: random numbers"
@@ -30,6 +32,10 @@ use_all() {
     /usr/lib/rvmm/tests/vsock churn 5000 1 | grep -q 'done 1' || echo "round $1: the sockets"
     case $devices in *virtiofs*)
         { mount -t virtiofs work /mnt && grep -q shared /mnt/file && umount /mnt; } || echo "round $1: the folder" ;;
+    esac
+    case $devices in *virtio_net*)
+        { ip addr add NET.2/24 dev eth0 && ip link set eth0 up && ping -c 1 -W 20 NET.1 >/dev/null; } ||
+            echo "round $1: the network" ;;
     esac
 }
 rounds() {
@@ -76,9 +82,21 @@ fn answer(listener: UnixListener) {
     });
 }
 
+/// The guest, beside the devices that it always has.
+struct Shape {
+    cpus: u32,
+    folder: bool,
+    network: bool,
+}
+
 /// Each driver lets go of its device `rounds` times, and every `use_each` times all devices are used.
-fn reset_every_device(rounds: usize, use_each: usize, with_folder: bool) {
+fn reset_every_device(rounds: usize, use_each: usize, shape: Shape) {
     let Some(linux) = linux_for_tests() else { return };
+    let tap = shape.network.then(|| {
+        let name = format!("rvrs{}", shape.cpus);
+        let made = Made::tap(&name, &format!("10.78.{}.1/24", shape.cpus), "");
+        (name, made)
+    });
     let directory = directory();
     let path = |name: &str| directory.path().join(name);
     image(&path("spare"), 1 << 20);
@@ -87,15 +105,27 @@ fn reset_every_device(rounds: usize, use_each: usize, with_folder: bool) {
     answer(UnixListener::bind(path(&format!("vsock_{PORT}"))).expect("a socket"));
     let warm = (rounds / 10).clamp(1, 20);
     let script = Script::new(&format!(
-        "{SCRIPT}rounds {warm} 1 warm\nrounds {rounds} {use_each} over\nuse_all last\nreport end $?"
+        "{}rounds {warm} 1 warm\nrounds {rounds} {use_each} over\nuse_all last\nreport cpus $(nproc)\nreport end $?",
+        SCRIPT.replace("NET", &format!("10.78.{}", shape.cpus))
     ));
     let mut monitor = script
         .with_cmdline(linux.monitor(), "console=ttyS0")
-        .args(["--log-level", "debug", "--rng", "--balloon", "size=1M,free-page-reporting,stats-interval=1"])
+        .args([
+            "--cpus",
+            &shape.cpus.to_string(),
+            "--log-level",
+            "debug",
+            "--rng",
+            "--balloon",
+            "size=1M,free-page-reporting,stats-interval=1",
+        ])
         .args(["--disk", &format!("{},id=spare", path("spare").display())])
         .args(["--console", &format!("file={}", path("console").display())])
         .args(["--vsock", &format!("cid=5,socket={}", path("vsock").display())]);
-    if with_folder {
+    if let Some((name, _)) = &tap {
+        monitor = monitor.args(["--net", &format!("tap={name}")]);
+    }
+    if shape.folder {
         monitor = monitor.args(["--share", &format!("tag=work,path={}", path("folder").display())]);
     }
     let mut running = monitor.start_with_input();
@@ -116,8 +146,13 @@ fn reset_every_device(rounds: usize, use_each: usize, with_folder: bool) {
     };
     running.send("\n");
     let outcome = running.wait(LINUX_PATIENCE);
-    let devices = if with_folder { "6" } else { "5" };
-    outcome.exits(0).reports("devices", devices).reports("over", &rounds.to_string()).reports("end", "0");
+    let devices = &(5 + u32::from(shape.folder) + u32::from(shape.network)).to_string();
+    outcome
+        .exits(0)
+        .reports("cpus", &shape.cpus.to_string())
+        .reports("devices", devices)
+        .reports("over", &rounds.to_string())
+        .reports("end", "0");
     let failed: Vec<_> = outcome.stdout.lines().filter(|line| line.starts_with("round ")).collect();
     outcome.check(failed.is_empty(), &format!("these failed: {failed:?}"));
     outcome.check(!outcome.stderr.contains("needs a reset"), "a device broke");
@@ -133,15 +168,25 @@ fn reset_every_device(rounds: usize, use_each: usize, with_folder: bool) {
 #[test]
 fn drivers_come_and_go_and_nothing_is_lost() {
     match kvm_kind() {
-        Some(Kind::Pvm) => reset_every_device(1, 1, false),
-        _ => reset_every_device(40, 20, true),
+        Some(Kind::Pvm) => reset_every_device(1, 1, Shape { cpus: 1, folder: false, network: false }),
+        _ => reset_every_device(40, 20, Shape { cpus: 1, folder: true, network: false }),
+    }
+}
+
+#[test]
+fn every_device_serves_two_three_and_four_processors() {
+    if !has_fast_kvm() || !has_network() {
+        return;
+    }
+    for cpus in 2..=4 {
+        reset_every_device(4, 2, Shape { cpus, folder: true, network: true });
     }
 }
 
 #[test]
 #[ignore = "long: scripts/test --long runs it"]
 fn a_thousand_resets_of_every_device_lose_nothing() {
-    if crate::support::has_fast_kvm() {
-        reset_every_device(1000, 100, true);
+    if has_fast_kvm() {
+        reset_every_device(1000, 100, Shape { cpus: 1, folder: true, network: false });
     }
 }

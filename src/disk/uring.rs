@@ -29,8 +29,11 @@ struct Slot<T> {
 pub(super) struct Ring<T> {
     ring: IoUring,
     fds: Vec<RawFd>,
+    /// At most `depth`, and never moved: it has room for all from the start, and gets one more only when none is free,
+    /// so that a disk that is asked little touches little memory.
     slots: Vec<Option<Slot<T>>>,
     free: Vec<u16>,
+    depth: u16,
 }
 
 type Finished<T> = VecDeque<(T, io::Result<()>)>;
@@ -55,7 +58,7 @@ impl<T> Ring<T> {
         ring.submitter().register_restrictions(&mut restrictions)?;
         ring.submitter().register_enable_rings()?;
         ring.submitter().register_files(&fds)?;
-        Ok(Self { ring, fds, slots: (0..depth).map(|_| None).collect(), free: (0..depth).rev().collect() })
+        Ok(Self { ring, fds, slots: Vec::with_capacity(depth.into()), free: Vec::new(), depth })
     }
 
     /// Goes on with another image, when no task is in flight.
@@ -76,7 +79,16 @@ impl<T> Ring<T> {
     }
 
     pub(super) fn has_room(&self) -> bool {
-        !self.free.is_empty()
+        !self.free.is_empty() || self.slots.len() < self.depth.into()
+    }
+
+    /// A slot that no task is in.
+    fn vacant(&mut self) -> Option<u16> {
+        if self.free.is_empty() && self.has_room() {
+            self.free.push(u16::try_from(self.slots.len()).ok()?);
+            self.slots.push(None);
+        }
+        self.free.pop()
     }
 
     pub(super) fn in_flight(&self) -> usize {
@@ -84,7 +96,7 @@ impl<T> Ring<T> {
     }
 
     pub(super) fn start(&mut self, task: Task, payload: T, finished: &mut Finished<T>) {
-        let Some(index) = self.free.pop() else {
+        let Some(index) = self.vacant() else {
             return finished.push_back((payload, Err(io::ErrorKind::ResourceBusy.into())));
         };
         if let Some(slot) = self.slots.get_mut(usize::from(index)) {
