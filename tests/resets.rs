@@ -34,7 +34,7 @@ use_all() {
         { mount -t virtiofs work /mnt && grep -q shared /mnt/file && umount /mnt; } || echo "round $1: the folder" ;;
     esac
     case $devices in *virtio_net*)
-        { ip addr add NET.2/24 dev eth0 && ip link set eth0 up && ping -c 1 -W 20 NET.1 >/dev/null; } ||
+        { ip addr add NET.2/24 dev eth0 2>/dev/null; ip link set eth0 up && ping -c 1 -W 20 NET.1 >/dev/null; } ||
             echo "round $1: the network" ;;
     esac
 }
