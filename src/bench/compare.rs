@@ -32,12 +32,6 @@ pub const GUARD: &str = "compare-guard";
 /// takes a while.
 const QUICK_BUDGET: Duration = Duration::from_secs(255);
 
-/// An executor whose first start took longer than this needs no further warm-up.
-const SLOW_START: Duration = Duration::from_secs(2);
-
-/// One whose first start took longer than this is not asked for everything in a first look.
-const VERY_SLOW_START: Duration = Duration::from_secs(6);
-
 /// What is asked for.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -176,17 +170,16 @@ fn prepare_and_measure(
         directory: work.directory.clone(),
         quick: request.quick,
         memory_on_purpose: request.memory_on_purpose,
-        slow: RefCell::new(vec![]),
+        starts: RefCell::new(vec![]),
         instances: Cell::new(0),
         commands: RefCell::new(vec![]),
     };
-    let mut slow = false;
-    host.executors = look_for(request, &context, executors, &mut slow, &mut prepare);
+    host.executors = look_for(request, &context, executors, &mut prepare);
     if executors.is_empty() {
         let reasons = host.executors.iter().filter_map(|info| info.left_out.as_ref());
         return Err(Error::Nothing(reasons.cloned().collect::<Vec<_>>().join("; ")));
     }
-    let plan = plan(request, &context, executors, &probes, slow);
+    let plan = plan(request, &context, executors, &probes);
     write_one(&request.out.join("host.json"), host)?;
     write_one(&request.out.join("plan.json"), &plan)?;
     let mut session = Session {
@@ -215,7 +208,8 @@ fn prepare_and_measure(
 }
 
 fn probes(request: &Request) -> Result<Vec<Box<dyn Probe>>, Error> {
-    let available: Vec<&str> = probe::all().iter().flat_map(|probe| probe.names()).collect();
+    let mut available: Vec<&str> = probe::all().iter().flat_map(|probe| probe.names()).collect();
+    available.dedup();
     if let Some(name) = request.probes.iter().find(|name| !available.contains(&name.as_str())) {
         return Err(Error::NoProbe { name: name.clone(), known: available.join(", ") });
     }
@@ -223,7 +217,13 @@ fn probes(request: &Request) -> Result<Vec<Box<dyn Probe>>, Error> {
         return Ok(probe::all().into_iter().filter(|probe| probe.is_quick() || !request.quick).collect());
     }
     let wanted = |name: &&str| request.probes.iter().any(|wanted| wanted == name);
-    let chosen = probe::all().into_iter().filter(|probe| probe.names().iter().any(&wanted));
+    // A first look has the quick part of a probe that has one.
+    let has_quick =
+        |names: &[&str]| probe::all().iter().any(|other| other.is_quick() && other.names() == names);
+    let chosen = probe::all()
+        .into_iter()
+        .filter(|probe| probe.names().iter().any(&wanted))
+        .filter(|probe| !request.quick || probe.is_quick() || !has_quick(&probe.names()));
     // The groups of one helper's run are probes of their own, and only those asked for are run.
     let narrowed = chosen.map(|probe| match probe.names().len() {
         1 => probe,
@@ -270,7 +270,6 @@ fn look_for(
     request: &Request,
     context: &Context,
     executors: &mut Vec<Box<dyn Executor>>,
-    slow: &mut bool,
     prepare: &mut dyn FnMut(&str),
 ) -> Vec<ExecutorInfo> {
     let mut infos = vec![];
@@ -303,11 +302,7 @@ fn look_for(
                             Ok(()) => usable.push(executor),
                             Err(error) => info.left_out = Some(crate::error_chain(&error)),
                         }
-                        let took = begun.elapsed();
-                        *slow |= took > SLOW_START;
-                        if took > VERY_SLOW_START {
-                            context.slow.borrow_mut().push(((*name).into(), took));
-                        }
+                        context.starts.borrow_mut().push(((*name).into(), begun.elapsed()));
                     }
                 }
             }
@@ -343,7 +338,6 @@ fn plan(
     context: &Context,
     executors: &[Box<dyn Executor>],
     probes: &[Box<dyn Probe>],
-    slow: bool,
 ) -> Plan {
     let names: Vec<String> = executors.iter().map(|executor| executor.name().to_owned()).collect();
     let usual = if request.quick { 20 } else { 30 };
@@ -357,7 +351,7 @@ fn plan(
             name: info.name.into(),
             title: info.title.into(),
             runs: if exact { 1 } else { runs },
-            warmups: u32::from(!(exact || slow && request.quick)),
+            warmups: u32::from(!exact),
             left_out: None,
         });
         metrics.extend(catalogue::metrics(info));

@@ -5,9 +5,9 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
 use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
 
 use super::executor::Executor;
 use super::probe::{Context, Found, Probe};
@@ -132,38 +132,42 @@ impl Ticks {
     }
 }
 
+/// Beneath this many seconds for a sample, an executor has a warm-up where time is short.
+const WARM_SECONDS: f64 = 1.0;
+
 /// One executor in one probe.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct Cell {
+    /// Seconds that a sample was expected to take before there was one.
+    expected: f64,
     used: Duration,
+    /// Samples, warm-ups with them.
+    done: u32,
+    /// Samples that count.
     taken: u32,
+    /// Samples that it is to have.
     target: u32,
+    /// Where in the rounds it begins, if it has its turn in some only.
+    phase: f64,
     given_up: bool,
 }
 
 impl Cell {
-    fn cost(&self) -> f64 {
-        self.used.as_secs_f64() / f64::from(self.taken.max(1))
+    fn cost(&self, correction: f64) -> f64 {
+        match self.done {
+            0 => self.expected * correction,
+            done => self.used.as_secs_f64() / f64::from(done),
+        }
     }
 }
 
-/// How many samples each may take, so that all together stay within the time: what the cheap ones do not need is for the dear.
-/// Each has at least one.
-fn allocate(costs: &[f64], runs: u32, budget: f64) -> Vec<u32> {
-    let wanted: Vec<f64> = costs.iter().map(|cost| cost * f64::from(runs)).collect();
-    let mut order: Vec<usize> = (0..costs.len()).collect();
-    order.sort_by(|a, b| wanted[*a].total_cmp(&wanted[*b]));
-    let mut left = budget;
-    let mut targets = vec![0; costs.len()];
-    for (done, index) in order.iter().enumerate() {
-        let share = left / (costs.len() - done) as f64;
-        let given = wanted[*index].min(share.max(0.0));
-        let runs_given =
-            if costs[*index] > 0.0 { (given / costs[*index] + 1e-9).floor() } else { f64::from(runs) };
-        targets[*index] = (runs_given as u32).clamp(1, runs.max(1));
-        left -= f64::from(targets[*index]) * costs[*index];
-    }
-    targets
+/// The cells of a probe, in the order of the executors, and what they have in common.
+#[derive(Clone, Debug, Default)]
+struct Row {
+    cells: Vec<Cell>,
+    weight: f64,
+    runs: u32,
+    warmups: u32,
 }
 
 /// A run under way.
@@ -195,90 +199,145 @@ impl Session<'_> {
         observe: &mut dyn FnMut(&Progress),
     ) -> Result<(), Error> {
         self.measuring = Instant::now();
-        let begun = self.measuring;
-        let weights: Vec<f64> = probes.iter().map(|probe| probe.weight()).collect();
-        let all: f64 = weights.iter().sum();
         let mut random = Xoshiro256PlusPlus::seed_from_u64(self.plan.seed);
-        let mut before = 0.0;
+        let mut rows: Vec<Row> =
+            probes.iter().map(|probe| self.row(&**probe, executors, &mut random)).collect();
         for (index, probe) in probes.iter_mut().enumerate() {
-            let rest: f64 = weights[index..].iter().sum();
-            let budget = self.budget.map(|budget| {
-                budget.saturating_sub(begun.elapsed()).as_secs_f64() * weights[index] / rest.max(1e-9)
-            });
-            let share = (before / all.max(1e-9), weights[index] / all.max(1e-9));
-            self.probe(&mut **probe, executors, budget, &mut random, &mut |name, executor, done| {
-                let done = share.0 + share.1 * done;
-                let elapsed = begun.elapsed().as_secs_f64();
-                let left = (done > 0.02).then(|| elapsed * (1.0 - done) / done);
-                let left = left.and_then(|left| Duration::try_from_secs_f64(left).ok());
-                observe(&Progress { probe: name.into(), executor: executor.into(), done, left });
-            })?;
-            before += weights[index];
+            self.probe(&mut **probe, executors, &mut rows, index, &mut random, observe)?;
         }
         Ok(())
+    }
+
+    fn row(
+        &self,
+        probe: &dyn Probe,
+        executors: &[Box<dyn Executor>],
+        random: &mut Xoshiro256PlusPlus,
+    ) -> Row {
+        let names = probe.names();
+        let planned =
+            self.plan.probes.iter().find(|planned| Some(planned.name.as_str()) == names.first().copied());
+        let (runs, warmups) = planned.map_or((1, 0), |planned| (planned.runs, planned.warmups));
+        let cells = executors.iter().map(|executor| Cell {
+            expected: probe.seconds() + probe.starts() * self.context.start_of(executor.name()).as_secs_f64(),
+            used: Duration::ZERO,
+            done: 0,
+            taken: 0,
+            target: runs,
+            phase: random.random(),
+            given_up: false,
+        });
+        Row { cells: cells.collect(), weight: probe.weight(), runs, warmups }
+    }
+
+    /// Divides what is left of the time among everything that is still to be measured, from one probe on. Returns the seconds that it
+    /// will take.
+    fn replan(&self, rows: &mut [Row], from: usize) -> f64 {
+        // What an executor took where it was measured says how far expectations are off elsewhere.
+        let executors = rows.first().map_or(0, |row| row.cells.len());
+        let corrections: Vec<f64> = (0..executors)
+            .map(|index| {
+                let measured = rows.iter().map(|row| &row.cells[index]).filter(|cell| cell.done > 0);
+                let (used, expected) = measured.fold((0.0, 0.0), |(used, expected), cell| {
+                    (used + cell.used.as_secs_f64(), expected + cell.expected * f64::from(cell.done))
+                });
+                if expected > 0.0 { (used / expected).clamp(0.2, 5.0) } else { 1.0 }
+            })
+            .collect();
+        let mut cells = vec![];
+        for row in &rows[from..] {
+            for (cell, correction) in row.cells.iter().zip(&corrections) {
+                let most = if cell.given_up { cell.taken } else { row.runs };
+                let cost = cell.cost(*correction);
+                cells.push(schedule::Cell { cost, weight: row.weight, taken: cell.taken, most });
+            }
+        }
+        let targets: Vec<u32> = match self.budget {
+            Some(budget) => {
+                schedule::allocate(&cells, budget.saturating_sub(self.measuring.elapsed()).as_secs_f64())
+            }
+            None => cells.iter().map(|cell| cell.most).collect(),
+        };
+        let all = rows[from..].iter_mut().flat_map(|row| &mut row.cells);
+        for (cell, target) in all.zip(&targets) {
+            cell.target = *target;
+        }
+        cells
+            .iter()
+            .zip(&targets)
+            .map(|(cell, target)| f64::from(target - cell.taken.min(*target)) * cell.cost)
+            .sum()
     }
 
     fn probe(
         &mut self,
         probe: &mut dyn Probe,
         executors: &[Box<dyn Executor>],
-        budget: Option<f64>,
+        rows: &mut [Row],
+        index: usize,
         random: &mut Xoshiro256PlusPlus,
-        observe: &mut dyn FnMut(&str, &str, f64),
+        observe: &mut dyn FnMut(&Progress),
     ) -> Result<(), Error> {
-        let names = probe.names();
-        let title = names.join(",");
-        let planned =
-            self.plan.probes.iter().find(|planned| Some(planned.name.as_str()) == names.first().copied());
-        let (runs, warmups) = planned.map_or((1, 0), |planned| (planned.runs, planned.warmups));
-        let begun = Instant::now();
-        let mut cells = vec![Cell { target: runs, ..Cell::default() }; executors.len()];
-        for round in 0..warmups + runs {
-            let mut turn: Vec<usize> = (0..executors.len()).collect();
-            turn.shuffle(random);
+        let title = probe.names().join(",");
+        let warmups = rows[index].warmups;
+        for round in 0.. {
+            let mut left = self.replan(rows, index);
+            let rounds = rows[index].cells.iter().map(|cell| cell.target).max().unwrap_or(0);
             let warm_up = round < warmups;
-            let mut rested = true;
-            for index in turn {
-                let cell = &cells[index];
-                let late =
-                    budget.is_some_and(|budget| begun.elapsed().as_secs_f64() > budget) && cell.taken > 0;
-                if cell.given_up || cell.taken >= cell.target + warmups || late {
-                    continue;
-                }
-                if self.budget.is_some_and(|budget| self.measuring.elapsed() > budget) {
-                    if cell.taken == 0 {
-                        self.write_failures(
-                            &names,
-                            &*executors[index],
-                            round,
-                            "no time was left in a quick run",
-                        )?;
-                    }
-                    cells[index].given_up = true;
-                    continue;
-                }
-                rested = false;
-                let done: f64 =
-                    cells.iter().map(|cell| f64::from(cell.taken) / f64::from(cell.target.max(1))).sum();
-                observe(&title, executors[index].name(), (done / cells.len().max(1) as f64).min(1.0));
-                let sample_begun = Instant::now();
-                let went_well = self.sample(probe, &*executors[index], round, warm_up)?;
-                let cell = &mut cells[index];
-                cell.used += sample_begun.elapsed();
-                cell.taken += 1;
-                cell.given_up = !went_well;
-            }
-            if rested {
+            if round >= rounds + warmups {
                 break;
             }
-            if let Some(budget) = budget {
-                let costs: Vec<f64> = cells.iter().map(Cell::cost).collect();
-                for (cell, target) in cells.iter_mut().zip(allocate(&costs, runs + warmups, budget)) {
-                    cell.target = target.saturating_sub(warmups).max(1);
+            let mut turn: Vec<usize> = (0..executors.len()).collect();
+            turn.shuffle(random);
+            for executor in turn {
+                let cell = &rows[index].cells[executor];
+                let cost = cell.cost(1.0);
+                let due = match warm_up {
+                    // Where time is short, only what takes little of it is done without being of use.
+                    true => {
+                        cell.target > 1 && self.fits(cost) && (self.budget.is_none() || cost < WARM_SECONDS)
+                    }
+                    false => {
+                        schedule::is_due(cell.taken, cell.target, round - warmups, rounds, cell.phase)
+                            && self.fits(cost)
+                    }
+                };
+                if cell.given_up || !due {
+                    continue;
                 }
+                let elapsed = self.measuring.elapsed().as_secs_f64();
+                observe(&Progress {
+                    probe: title.clone(),
+                    executor: executors[executor].name().into(),
+                    done: elapsed / (elapsed + left).max(1e-9),
+                    left: Duration::try_from_secs_f64(left).ok(),
+                });
+                let begun = Instant::now();
+                let went_well = self.sample(probe, &*executors[executor], round, warm_up)?;
+                let cell = &mut rows[index].cells[executor];
+                cell.used += begun.elapsed();
+                cell.done += 1;
+                cell.taken += u32::from(!warm_up);
+                cell.given_up = !went_well;
+                left = (left - begun.elapsed().as_secs_f64()).max(0.0);
+            }
+        }
+        for (executor, cell) in executors.iter().zip(&rows[index].cells) {
+            if cell.taken == 0 && !cell.given_up {
+                let why = match cell.cost(1.0) {
+                    cost if cost < 2.0 => "no time was left in a quick run".into(),
+                    cost => format!("no time was left in a quick run: a sample takes some {cost:.0} s"),
+                };
+                self.write_failures(probe, &**executor, 0, &why)?;
             }
         }
         Ok(())
+    }
+
+    /// Whether there is time for a sample that takes so long.
+    fn fits(&self, cost: f64) -> bool {
+        let left = self.budget.map(|budget| budget.saturating_sub(self.measuring.elapsed()).as_secs_f64());
+        left.is_none_or(|left| left > 0.0 && cost <= left.max(WARM_SECONDS))
     }
 
     /// One sample. Returns whether it is worth while to ask for another.
@@ -300,7 +359,7 @@ impl Session<'_> {
         let (found, went_well) = match result {
             Ok(found) => (found, true),
             Err(error) if error.is_interruption() => return Err(Error::Interrupted),
-            Err(error) => (self.failures(&names, &crate::error_chain(&error)), false),
+            Err(error) => (self.failures(probe, &crate::error_chain(&error)), false),
         };
         // A warm-up's figures are of no use; what fails in it may not be tried again.
         let counts = |found: &(&'static str, Found)| !warm_up || matches!(found.1.value, Value::Failed(_));
@@ -343,18 +402,19 @@ impl Session<'_> {
     /// Says of each metric of a probe why there is none.
     fn write_failures(
         &mut self,
-        names: &[&'static str],
+        probe: &dyn Probe,
         executor: &dyn Executor,
         round: u32,
         why: &str,
     ) -> Result<(), Error> {
-        let failures = self.failures(names, why);
+        let failures = self.failures(probe, why);
         self.write(executor, round, Noise::default(), failures)
     }
 
     /// What is said of each metric of a probe that could not be taken.
-    fn failures(&self, names: &[&'static str], why: &str) -> Vec<(&'static str, Found)> {
-        let metrics = self.plan.metrics.iter();
+    fn failures(&self, probe: &dyn Probe, why: &str) -> Vec<(&'static str, Found)> {
+        let names = probe.names();
+        let metrics = self.plan.metrics.iter().filter(|metric| probe.covers(&metric.name));
         metrics
             .filter_map(|metric| {
                 let name = names.iter().find(|name| **name == metric.probe)?;
@@ -383,5 +443,6 @@ impl Session<'_> {
     }
 }
 
+mod schedule;
 #[cfg(test)]
 mod tests;

@@ -96,6 +96,16 @@ pub fn outliers(sorted: &[f64]) -> Vec<f64> {
     sorted.iter().copied().filter(|value| *value < q1 - reach || *value > q3 + reach).collect()
 }
 
+/// How likely it is that two series without a difference lie so far apart that all of `high` is above all of `low`, or the other way
+/// round. `None`: they do not. The exact Mann-Whitney test, for the one outcome that few samples can have and that says something.
+pub fn lie_apart(low: &[f64], high: &[f64]) -> Option<f64> {
+    let least = high.iter().copied().reduce(f64::min)?;
+    let most = low.iter().copied().reduce(f64::max)?;
+    // The number of ways to deal the ranks to the two; two of them are as extreme as this.
+    let ways = (1..=high.len()).fold(1.0, |ways, k| ways * (low.len() + k) as f64 / k as f64);
+    (least > most).then_some(2.0 / ways)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -138,6 +148,15 @@ mod tests {
             let least = 300.0 * 0.95 - 3.0 * (300.0_f64 * 0.95 * 0.05).sqrt();
             assert!(f64::from(hits) >= least, "{hits} of {tries} with {n} samples");
         }
+    }
+
+    #[test]
+    fn two_lie_above_eight_by_chance_in_one_of_twenty_two() {
+        let low = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0];
+        assert_eq!(lie_apart(&low, &[9.0, 10.0]), Some(2.0 / 45.0));
+        assert_eq!(lie_apart(&[9.0], &low), None);
+        assert_eq!(lie_apart(&low, &[8.0, 10.0]), None);
+        assert_eq!(lie_apart(&[], &low), None);
     }
 
     #[test]

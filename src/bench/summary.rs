@@ -270,7 +270,12 @@ fn compare(a: &Series, b: &Series, resampled: (&[f64], &[f64]), confidence: f64)
             std::cmp::Ordering::Equal => Verdict::NoDifference,
         }
     } else if !sampled {
-        Verdict::TooFew
+        let (above, below) = (stats::lie_apart(&a.values, &b.values), stats::lie_apart(&b.values, &a.values));
+        match (above, below) {
+            (Some(chance), _) if chance <= 1.0 - confidence => Verdict::Higher,
+            (_, Some(chance)) if chance <= 1.0 - confidence => Verdict::Lower,
+            _ => Verdict::TooFew,
+        }
     } else {
         // The difference has the ratio's sign, and is there when a median is zero.
         let differences = stats::interval(pairs().map(|(a, b)| b - a).collect(), samples, confidence);
@@ -424,6 +429,23 @@ mod tests {
         let noisy = Noisy { median: 0.020, spread: 0.05 };
         assert_eq!(verdict(&testing::two(5, noisy, noisy, 3), "a", "b"), Verdict::TooFew);
         assert_ne!(verdict(&testing::two(6, noisy, noisy, 3), "a", "b"), Verdict::TooFew);
+    }
+
+    #[test]
+    fn two_samples_far_above_many_are_higher_and_have_no_interval() {
+        let mut results =
+            testing::two(20, Noisy { median: 1.0, spread: 0.05 }, Noisy { median: 300.0, spread: 0.05 }, 3);
+        let mut kept = 0;
+        results.samples.retain(|sample| {
+            kept += u32::from(sample.executor == "b");
+            sample.executor == "a" || kept <= 2
+        });
+        let found = summarise(&results).comparison("start", "first_output", "a", "b").unwrap();
+        assert_eq!((found.verdict, found.interval), (Verdict::Higher, None));
+        assert!(found.ratio.unwrap() > 200.0);
+        // One beside twenty may be chance.
+        results.samples.retain(|sample| sample.executor == "a" || sample.round == 0);
+        assert_eq!(verdict(&results, "a", "b"), Verdict::TooFew);
     }
 
     #[test]

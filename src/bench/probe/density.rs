@@ -28,6 +28,10 @@ impl Probe for Density {
         false
     }
 
+    fn starts(&self) -> f64 {
+        40.0
+    }
+
     fn sample(
         &mut self,
         context: &Context,

@@ -22,6 +22,14 @@ impl Probe for Disk {
         1.5
     }
 
+    fn starts(&self) -> f64 {
+        2.0
+    }
+
+    fn seconds(&self) -> f64 {
+        1.5
+    }
+
     fn sample(
         &mut self,
         context: &Context,

@@ -23,6 +23,14 @@ impl Probe for Effort {
         false
     }
 
+    fn starts(&self) -> f64 {
+        2.0
+    }
+
+    fn seconds(&self) -> f64 {
+        1.0
+    }
+
     fn sample(
         &mut self,
         context: &Context,

@@ -31,6 +31,10 @@ impl Probe for Isolation {
         true
     }
 
+    fn seconds(&self) -> f64 {
+        0.5
+    }
+
     fn sample(
         &mut self,
         context: &Context,

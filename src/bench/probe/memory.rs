@@ -30,6 +30,14 @@ impl Probe for Memory {
         2.0
     }
 
+    fn starts(&self) -> f64 {
+        2.0
+    }
+
+    fn seconds(&self) -> f64 {
+        1.0
+    }
+
     fn sample(
         &mut self,
         context: &Context,

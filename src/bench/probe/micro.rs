@@ -32,6 +32,10 @@ impl Probe for Micro {
         3.0
     }
 
+    fn seconds(&self) -> f64 {
+        0.5
+    }
+
     fn sample(
         &mut self,
         context: &Context,

@@ -47,8 +47,8 @@ pub struct Context {
     pub quick: bool,
     /// Bytes that idle instances take on purpose, for the check that they are found.
     pub memory_on_purpose: u64,
-    /// Executors that take long to start one instance, and how long: some things are not done with them in a first look.
-    pub slow: RefCell<Vec<(String, Duration)>>,
+    /// How long executors took to start one instance, run the helper in it and end it.
+    pub starts: RefCell<Vec<(String, Duration)>>,
     /// Counts instances, for their names.
     pub instances: Cell<u32>,
     /// The command lines that were run, not yet written down.
@@ -123,9 +123,24 @@ pub trait Probe {
         true
     }
 
-    /// How much of the time of a run it should have, beside others that have 1.
+    /// How much its samples are worth where time is short, beside others that have 1.
     fn weight(&self) -> f64 {
         1.0
+    }
+
+    /// How many instances a sample starts: what it is expected to take follows from it.
+    fn starts(&self) -> f64 {
+        1.0
+    }
+
+    /// Seconds that a sample takes beside the starts.
+    fn seconds(&self) -> f64 {
+        0.0
+    }
+
+    /// Whether it finds this metric of its probe. Several may share a probe.
+    fn covers(&self, _metric: &str) -> bool {
+        true
     }
 
     /// One sample. The name of the probe stands beside each metric.
@@ -148,17 +163,10 @@ impl Context {
         Job::helper(self.name(), arguments)
     }
 
-    /// An error for an executor that takes too long to do this in a first look.
-    pub fn unless_slow(&self, executor: &dyn Executor) -> Result<(), Error> {
-        let slow = self.slow.borrow();
-        match slow.iter().find(|(name, _)| self.quick && name == executor.name()) {
-            Some((_, took)) => {
-                let why =
-                    format!("not in a quick run: an instance takes {:.0} s to start", took.as_secs_f64());
-                Err(Error::Other(why))
-            }
-            None => Ok(()),
-        }
+    /// How long an executor takes to run an instance, as far as is known.
+    pub fn start_of(&self, executor: &str) -> Duration {
+        let starts = self.starts.borrow();
+        starts.iter().find(|(name, _)| name == executor).map_or(Duration::ZERO, |(_, took)| *took)
     }
 
     /// Notes a command line.
@@ -206,8 +214,8 @@ pub fn spoken(line: &str) -> Option<Json> {
 
 /// All probes that there are, in the order of the catalogue.
 pub fn all() -> Vec<Box<dyn Probe>> {
-    vec![
-        Box::new(start::Start::default()),
+    let starts = start::all().into_iter().map(|part| Box::new(part) as Box<dyn Probe>);
+    let others: Vec<Box<dyn Probe>> = vec![
         Box::new(timeline::BootTimeline),
         Box::new(memory::Memory),
         Box::new(density::Density),
@@ -219,7 +227,8 @@ pub fn all() -> Vec<Box<dyn Probe>> {
         Box::new(isolation::Isolation),
         Box::new(persistence::Persistence),
         Box::new(effort::Effort),
-    ]
+    ];
+    starts.chain(others).collect()
 }
 
 #[cfg(test)]

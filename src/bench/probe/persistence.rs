@@ -22,12 +22,15 @@ impl Probe for Persistence {
         true
     }
 
+    fn starts(&self) -> f64 {
+        8.0
+    }
+
     fn sample(
         &mut self,
         context: &Context,
         executor: &dyn Executor,
     ) -> Result<Vec<(&'static str, Found)>, Error> {
-        context.unless_slow(executor)?;
         let mut found = vec![];
         // The root, and memory with it, in an instance without a volume: not all can have one.
         match trials(context, executor, None) {

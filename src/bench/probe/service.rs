@@ -62,6 +62,14 @@ impl Probe for Service {
         3.0
     }
 
+    fn starts(&self) -> f64 {
+        4.0
+    }
+
+    fn seconds(&self) -> f64 {
+        12.0
+    }
+
     fn sample(
         &mut self,
         context: &Context,

@@ -9,31 +9,59 @@ use serde_json::Value as Json;
 use super::{Context, Error, Found, Probe, spoken};
 use crate::bench::executor::{Executor, Instance, Job, Network, PATIENCE};
 use crate::bench::process::Running;
-use crate::bench::results::Value;
 
 /// How often the helper is asked for its clock. The fastest answer counts.
 const CLOCK_QUESTIONS: usize = 7;
 
-/// Where starting one takes longer than this many seconds, many at once are not tried.
-const SLOW: f64 = 3.0;
+/// Where starting one takes longer than this, many at once are not tried.
+const SLOW: Duration = Duration::from_secs(3);
 
 /// How long a first look waits for an answer over HTTP.
 const QUICK_PATIENCE: Duration = Duration::from_secs(40);
 
-/// Starts and stops.
-#[derive(Default)]
-pub struct Start {
-    /// What executors were not able to do: they are not asked again.
-    refused: Vec<(String, &'static str)>,
+/// Starts and stops: one way to measure them, so that what is slow in one is not asked for all.
+pub struct Part {
+    metrics: &'static [&'static str],
+    measure: Measure,
+    /// Instances that a sample starts, and what it is worth.
+    starts: f64,
+    weight: f64,
+    quick: bool,
 }
 
-impl Probe for Start {
+/// All ways.
+pub fn all() -> Vec<Part> {
+    let part =
+        |metrics, measure: Measure, starts, weight| Part { metrics, measure, starts, weight, quick: true };
+    vec![
+        part(&["first_instruction", "first_output"], first_output, 1.0, 6.0),
+        part(&["first_http"], first_http, 1.5, 2.0),
+        part(&["whole"], whole, 1.0, 1.0),
+        part(&["stop"], stop, 1.0, 2.0),
+        Part { quick: false, ..part(&["parallel_10"], parallel_10, 10.0, 1.0) },
+        Part { quick: false, ..part(&["parallel_50"], parallel_50, 50.0, 1.0) },
+    ]
+}
+
+impl Probe for Part {
     fn names(&self) -> Vec<&'static str> {
         vec!["start"]
     }
 
+    fn is_quick(&self) -> bool {
+        self.quick
+    }
+
     fn weight(&self) -> f64 {
-        4.0
+        self.weight
+    }
+
+    fn starts(&self) -> f64 {
+        self.starts
+    }
+
+    fn covers(&self, metric: &str) -> bool {
+        self.metrics.contains(&metric)
     }
 
     fn sample(
@@ -41,37 +69,7 @@ impl Probe for Start {
         context: &Context,
         executor: &dyn Executor,
     ) -> Result<Vec<(&'static str, Found)>, Error> {
-        let mut found = first_output(context, executor)?;
-        let output = found.iter().find_map(|found| match found.value {
-            Value::Number(seconds) if found.metric == "first_output" => Some(seconds),
-            _ => None,
-        });
-        let output = output.unwrap_or(0.0);
-        let mut others: Vec<(&'static str, Measure)> =
-            vec![("whole", whole), ("stop", stop), ("first_http", first_http)];
-        if !context.quick {
-            others.extend([("parallel_10", parallel_10 as Measure), ("parallel_50", parallel_50)]);
-        }
-        for (metric, measure) in others {
-            let key = (executor.name().to_owned(), metric);
-            if self.refused.contains(&key) {
-                continue;
-            }
-            let result = match metric.starts_with("parallel") && output > SLOW {
-                true => Err(Error::Other(format!(
-                    "starting one takes {output:.1} s: many at once were not tried"
-                ))),
-                false => measure(context, executor),
-            };
-            match result {
-                Ok(more) => found.extend(more),
-                Err(error) if error.is_interruption() => return Err(error),
-                Err(error) => {
-                    self.refused.push(key);
-                    found.push(Found::failed(metric, crate::error_chain(&error)));
-                }
-            }
-        }
+        let found = (self.measure)(context, executor)?;
         Ok(found.into_iter().map(|found| ("start", found)).collect())
     }
 }
@@ -143,6 +141,11 @@ fn parallel(
     metric: &str,
     count: u32,
 ) -> Result<Vec<Found>, Error> {
+    let start = context.start_of(executor.name());
+    if start > SLOW {
+        let why = format!("starting one takes {:.0} s: many at once were not tried", start.as_secs_f64());
+        return Err(Error::Other(why));
+    }
     let invocations: Result<Vec<_>, _> =
         (0..count).map(|_| executor.run(&context.helper(["start"]))).collect();
     let invocations = invocations?;

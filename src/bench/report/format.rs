@@ -143,6 +143,12 @@ pub fn factors(interval: Interval) -> String {
     if low == high { low } else { format!("{low} to {high}") }
 }
 
+/// How many samples each of two has: once, if it is the same.
+pub fn samples(ruling: &super::verdict::Ruling) -> String {
+    let [a, b] = ruling.sides.each_ref().map(|side| side.samples);
+    if a == b { a.to_string() } else { format!("{a}, {b}") }
+}
+
 /// How far a ratio is from one, in words that hold for both directions: `3.2 times`, or `4 %` where that says more.
 pub fn times(ratio: f64) -> String {
     match ratio {

@@ -26,8 +26,15 @@ pub fn markdown(summary: &Summary) -> String {
     let rulings = verdict::rulings(summary);
     text.push_str(&format!("\n## Verdict\n\n{}\n", escaped(&verdict::headline(summary, &rulings))));
     if let (Some((a, b)), false) = (verdict::pair(summary), rulings.is_empty()) {
-        let header =
-            ["", &verdict::title(summary, a), &verdict::title(summary, b), "better", "factor", "interval"];
+        let header = [
+            "",
+            &verdict::title(summary, a),
+            &verdict::title(summary, b),
+            "better",
+            "factor",
+            "interval",
+            "samples",
+        ];
         let rows = rulings.iter().map(|ruling| {
             let figure = |index: usize| {
                 ruling.sides.get(index).map_or(String::new(), |side| format::figure(ruling.unit, side.median))
@@ -41,9 +48,10 @@ pub fn markdown(summary: &Summary) -> String {
                 Outcome::NoDifference => ("no difference found".into(), String::new(), String::new()),
                 Outcome::TooFew => ("too few samples".into(), String::new(), String::new()),
             };
-            vec![marked(&ruling.title, &ruling.warnings), figure(0), figure(1), better, by, interval]
+            let title = marked(&ruling.title, &ruling.warnings);
+            vec![title, figure(0), figure(1), better, by, interval, format::samples(ruling)]
         });
-        text.push_str(&grid(&header, "lrrlrl", rows));
+        text.push_str(&grid(&header, "lrrlrll", rows));
     }
     text.push_str("\n## Figures\n");
     text.push_str(&grid(

@@ -49,13 +49,15 @@ pub fn table(summary: &Summary, colour: bool) -> String {
             "better",
             "by",
             "interval",
+            "samples",
             "",
         ];
         let rows: Vec<Vec<Cell>> = rulings.iter().map(|ruling| verdict_row(ruling, paint)).collect();
         text.push('\n');
         text.push_str(&columns(&header, &rows, paint));
         text.push_str(&paint.dim(&format!(
-            "Intervals hold the factor with {} confidence; ! marks figures that a warning above touches.\n",
+            "Intervals hold the factor with {} confidence; fewer than six samples have none, and are better if all of them are. \
+             ! marks figures that a warning above touches.\n",
             format::percent(summary.plan.confidence)
         )));
     }
@@ -107,6 +109,7 @@ fn verdict_row(ruling: &Ruling, paint: Paint) -> Vec<Cell> {
         better,
         Cell::right(by),
         Cell::left(interval),
+        Cell::left(format::samples(ruling)),
         Cell::left(mark),
     ]
 }
@@ -114,48 +117,73 @@ fn verdict_row(ruling: &Ruling, paint: Paint) -> Vec<Cell> {
 /// All figures, probe by probe and metric by metric.
 fn figures(summary: &Summary, paint: Paint) -> String {
     let mut text = String::new();
-    let mut last = None;
-    let mut rows: Vec<Vec<Cell>> = vec![];
     let header = ["", "median", "interval", "beside the baseline", "samples", ""];
-    for series in &summary.series {
-        if last != Some(&series.probe) {
-            text.push_str(&flush(&header, &mut rows, paint));
-            text.push_str(&format!("\n{}\n", paint.bold(&verdict::probe_title(summary, &series.probe))));
-            last = Some(&series.probe);
+    for of_probe in summary.series.chunk_by(|a, b| a.probe == b.probe) {
+        let Some(first) = of_probe.first() else { continue };
+        text.push_str(&format!("\n{}\n", paint.bold(&verdict::probe_title(summary, &first.probe))));
+        let absent = absent(of_probe);
+        let is_absent = |series: &Series| absent.iter().any(|(name, _)| *name == series.executor);
+        let mut rows: Vec<Vec<Cell>> = vec![];
+        for of_metric in of_probe.chunk_by(|a, b| a.metric == b.metric) {
+            let shown: Vec<&Series> = of_metric.iter().filter(|series| !is_absent(series)).collect();
+            let Some(first) = shown.first() else { continue };
+            rows.push(vec![Cell::left(verdict::metric_title(summary, &first.probe, &first.metric))]);
+            let measured = shown.iter().filter(|series| !series.values.is_empty());
+            rows.extend(measured.map(|series| figure_row(summary, series, paint)));
+            let missing = shown.iter().filter(|series| series.values.is_empty());
+            let missing = missing.map(|series| (series.executor.as_str(), reasons(&series.failures)));
+            rows.extend(without(summary, missing, paint));
         }
-        if rows.last_of_metric() != Some(series.metric.as_str()) {
-            rows.push(vec![Cell {
-                text: verdict::metric_title(summary, &series.probe, &series.metric),
-                right: false,
-                of: Some(series.metric.clone()),
-            }]);
+        if !rows.is_empty() {
+            text.push_str(&columns(&header, &rows, paint));
         }
-        rows.push(figure_row(summary, series, paint));
+        let lines = without(summary, absent.into_iter(), paint);
+        text.extend(lines.iter().flatten().map(|cell| format!("{}\n", cell.text)));
     }
-    text.push_str(&flush(&header, &mut rows, paint));
     text
 }
 
-/// Which metric the rows so far end with.
-trait LastOfMetric {
-    fn last_of_metric(&self) -> Option<&str>;
-}
-
-impl LastOfMetric for Vec<Vec<Cell>> {
-    fn last_of_metric(&self) -> Option<&str> {
-        self.iter().rev().find_map(|row| row.first()?.of.as_deref())
+/// Executors for which none of a probe's metrics has a figure, all for the same reason, and the reason.
+fn absent(of_probe: &[Series]) -> Vec<(&str, String)> {
+    let mut found: Vec<(&str, Option<String>)> = vec![];
+    for series in of_probe {
+        let why = series.values.is_empty().then(|| reasons(&series.failures));
+        match found.iter_mut().find(|(name, _)| *name == series.executor) {
+            Some((_, known)) if *known == why => {}
+            Some((_, known)) => *known = None,
+            None => found.push((&series.executor, why)),
+        }
     }
+    found.into_iter().filter_map(|(name, why)| Some((name, why?))).collect()
 }
 
-fn flush(header: &[&str], rows: &mut Vec<Vec<Cell>>, paint: Paint) -> String {
-    if rows.is_empty() { String::new() } else { columns(header, &std::mem::take(rows), paint) }
+/// A line for each reason, with everything that it holds for.
+fn without<'a>(
+    summary: &Summary,
+    missing: impl Iterator<Item = (&'a str, String)>,
+    paint: Paint,
+) -> Vec<Vec<Cell>> {
+    let mut lines: Vec<(String, Vec<String>)> = vec![];
+    for (executor, why) in missing {
+        let title = verdict::title(summary, executor);
+        // Reasons that name their own executor are the same for all of them.
+        let why = match why.strip_prefix(executor) {
+            Some(rest) => format!("it{rest}"),
+            None => why,
+        };
+        match lines.iter_mut().find(|(known, _)| *known == why) {
+            Some((_, titles)) => titles.push(title),
+            None => lines.push((why, vec![title])),
+        }
+    }
+    let line = |(why, titles): (String, Vec<String>)| {
+        vec![Cell::left(paint.dim(&format!("  without {}: {why}", titles.join(", "))))]
+    };
+    lines.into_iter().map(line).collect()
 }
 
 fn figure_row(summary: &Summary, series: &Series, paint: Paint) -> Vec<Cell> {
     let name = Cell::left(format!("  {}", verdict::title(summary, &series.executor)));
-    if series.values.is_empty() {
-        return vec![name, Cell::right(paint.dim("–")), Cell::left(paint.dim(&reasons(&series.failures)))];
-    }
     let median = series.quantiles.median;
     let baseline = &summary.plan.baseline;
     let measured =
@@ -204,20 +232,25 @@ fn facts(summary: &Summary, paint: Paint) -> String {
     }
     let mut text = format!("\n{}\n", paint.bold("Facts"));
     let mut rows = vec![];
-    let mut last = None;
-    for fact in &summary.facts {
-        if last != Some((&fact.probe, &fact.metric)) {
-            last = Some((&fact.probe, &fact.metric));
-            rows.push(vec![Cell::left(verdict::metric_title(summary, &fact.probe, &fact.metric))]);
+    for of_metric in summary.facts.chunk_by(|a, b| (&a.probe, &a.metric) == (&b.probe, &b.metric)) {
+        let Some(first) = of_metric.first() else { continue };
+        rows.push(vec![Cell::left(verdict::metric_title(summary, &first.probe, &first.metric))]);
+        // What holds for several is said once.
+        let mut lines: Vec<(String, Vec<String>)> = vec![];
+        for fact in of_metric {
+            let values = match fact.values.is_empty() {
+                true => paint.dim(&reasons(&fact.failures)),
+                false => reasons(&fact.values),
+            };
+            let title = verdict::title(summary, &fact.executor);
+            match lines.iter_mut().find(|(known, _)| *known == values) {
+                Some((_, titles)) => titles.push(title),
+                None => lines.push((values, vec![title])),
+            }
         }
-        let values = match fact.values.is_empty() {
-            true => paint.dim(&reasons(&fact.failures)),
-            false => reasons(&fact.values),
-        };
-        rows.push(vec![
-            Cell::left(format!("  {}", verdict::title(summary, &fact.executor))),
-            Cell::left(values),
-        ]);
+        for (values, titles) in lines {
+            rows.push(vec![Cell::left(format!("  {}", titles.join(", "))), Cell::left(values)]);
+        }
     }
     text.push_str(&columns(&["", ""], &rows, paint));
     text
@@ -244,16 +277,14 @@ fn claims_part(summary: &Summary, paint: Paint) -> String {
 pub(super) struct Cell {
     text: String,
     right: bool,
-    /// The metric that its row is the heading of.
-    of: Option<String>,
 }
 
 impl Cell {
     pub fn left(text: String) -> Cell {
-        Cell { text, right: false, of: None }
+        Cell { text, right: false }
     }
     pub fn right(text: String) -> Cell {
-        Cell { text, right: true, of: None }
+        Cell { text, right: true }
     }
 }
 

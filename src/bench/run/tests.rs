@@ -16,6 +16,7 @@ use crate::bench::{Verdict, probe, summarise};
 struct Drawn {
     sources: Vec<(&'static str, Noisy)>,
     random: Xoshiro256PlusPlus,
+    slow: Option<(&'static str, Duration)>,
     interrupt_after: Option<(u32, Interrupt)>,
     order: Vec<String>,
 }
@@ -28,6 +29,7 @@ impl Drawn {
         Drawn {
             sources: sources.iter().map(source).collect(),
             random: Xoshiro256PlusPlus::seed_from_u64(seed),
+            slow: None,
             interrupt_after: None,
             order: vec![],
         }
@@ -50,6 +52,11 @@ impl Probe for Drawn {
             if *left == 0 {
                 interrupt.interrupt();
             }
+        }
+        if let Some((name, time)) = self.slow
+            && name == executor.name()
+        {
+            std::thread::sleep(time);
         }
         let source = self.sources.iter().find(|(name, _)| *name == executor.name());
         let Some((_, source)) = source else { return Err(probe::Error::Other("no source".into())) };
@@ -76,7 +83,7 @@ fn context(directory: &Path) -> Context {
         directory: directory.into(),
         quick: true,
         memory_on_purpose: 0,
-        slow: RefCell::new(vec![]),
+        starts: RefCell::new(vec![]),
         instances: Cell::new(0),
         commands: RefCell::new(vec![]),
     }
@@ -219,6 +226,22 @@ fn run_without_time_says_so_instead_of_measuring() {
 }
 
 #[test]
+fn slow_executor_takes_part_in_fewer_rounds_and_the_fast_one_in_all() {
+    let sources = [("fast", 1.0, 0.01), ("slow", 2.0, 0.01)];
+    let probe = Drawn { slow: Some(("slow", Duration::from_millis(200))), ..Drawn::new(&sources, 1) };
+    let (results, order, result) =
+        run_within(probe, &["fast", "slow"], 20, 1, Some(Duration::from_millis(1100)));
+    result.unwrap();
+    let summary = summarise(&results);
+    let count = |name| summary.series("start", "first_output", name).unwrap().values.len();
+    assert_eq!(count("fast"), 20);
+    assert!((1..=5).contains(&count("slow")), "{order:?}");
+    // The few lie among the many, and not all at an end.
+    let first = order.iter().rposition(|name| name == "slow").unwrap();
+    assert!(order[first..].len() > 1 || count("slow") > 3, "{order:?}");
+}
+
+#[test]
 fn five_percent_slower_is_found() {
     let wrong = (0..20)
         .filter(|seed| {
@@ -230,14 +253,6 @@ fn five_percent_slower_is_found() {
         })
         .count();
     assert_eq!(wrong, 0);
-}
-
-#[test]
-fn dear_executors_get_what_the_cheap_ones_leave() {
-    assert_eq!(allocate(&[0.1, 0.1, 10.0], 20, 44.0), [20, 20, 4]);
-    assert_eq!(allocate(&[10.0, 0.1], 20, 1.0), [1, 5]);
-    assert_eq!(allocate(&[0.0, 1.0], 5, 100.0), [5, 5]);
-    assert_eq!(allocate(&[], 5, 1.0), Vec::<u32>::new());
 }
 
 #[test]
