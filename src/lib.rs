@@ -11,6 +11,7 @@
 //! - `virtio -> {memory, disk, tap, fuse, socket}`, never `kvm` or `vm`: it is handed event descriptors
 //! - `boot -> memory`; `legacy`, `disk`, `tap`, `memory`, `bus`, `socket` -> crates only
 //! - `metrics`: counters, which `api`, `virtio` and `vm` add to
+//! - `mmds -> metrics`: the metadata service, which `virtio`'s network device hands frames to; `api` and `cli` fill it
 //! - `sandbox -> {disk, terminal}`: the walls, which `api`, `cli`, `socket`, `virtio` and `vm` put up
 //! - `platform` holds addresses and numbers, `program` where this program is, and every module may use them
 //!
@@ -32,6 +33,7 @@ pub mod kvm;
 pub mod legacy;
 pub mod memory;
 pub mod metrics;
+pub mod mmds;
 pub mod platform;
 pub mod program;
 pub mod sandbox;

@@ -63,7 +63,11 @@ fn client_puts_a_machine_together_and_starts_it() {
     api.refuses("PUT", "/boot-source", "{\"kernel\":\"x\"}", 400, "unknown field `kernel`");
     api.refuses("PUT", "/vsock", "{\"guest_cid\":1,\"uds_path\":\"v\"}", 400, "vsock address");
     api.refuses("PUT", "/drives/a", &"x".repeat(1 << 20), 413, "bytes");
-    api.refuses("PUT", "/mmds", "{}", 400, "not supported yet");
+    let unknown = "{\"network_interfaces\":[\"eth0\"]}";
+    api.refuses("PUT", "/mmds/config", unknown, 400, "does not correspond to any existing network interface");
+    api.refuses("PUT", "/mmds/config", "{\"network_interfaces\":[]}", 400, "MMDS requests is empty");
+    api.refuses("PATCH", "/mmds", "{\"a\":1}", 400, "The MMDS data store is not initialized.");
+    assert_eq!(api.get("/mmds"), serde_json::json!({}));
     // In the right one.
     put(&api, "/machine-config", "{\"vcpu_count\":1,\"mem_size_mib\":16}");
     api.change("PATCH", "/machine-config", "{\"mem_size_mib\":24}");
@@ -86,6 +90,14 @@ fn client_puts_a_machine_together_and_starts_it() {
     assert_eq!(config.pointer("/boot-source/boot_args").unwrap(), "a=b");
     assert_eq!(config.pointer("/drives/0/drive_id").unwrap(), "data");
     api.refuses("PUT", "/actions", start, 400, "after starting");
+    api.refuses("PUT", "/mmds/config", unknown, 400, "after starting");
+    // Metadata may change whenever there is a client.
+    put(&api, "/mmds", "{\"a\":{\"b\":1},\"c\":2}");
+    api.change("PATCH", "/mmds", "{\"a\":{\"d\":[3]},\"c\":null}");
+    assert_eq!(api.get("/mmds"), serde_json::json!({"a": {"b": 1, "d": [3]}}));
+    let large = format!("\"{}\"", "x".repeat(51_199));
+    api.refuses("PUT", "/mmds", &large, 413, "bytes");
+    api.refuses("PATCH", "/mmds", &format!("{{\"e\":\"{}\"}}", "x".repeat(51_180)), 413, "doesn't fit");
     api.refuses("PUT", "/drives/data", &drive(&disk), 400, "after starting");
     api.set_state("Paused");
     assert_eq!(state(&api), "Paused");

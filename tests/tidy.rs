@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const MAX_FILE_BYTES: u64 = 32 << 10;
 
 /// What each top-level module may use of the others. `platform` and `program` are for all.
-const MAY_USE: [(&str, &[&str]); 26] = [
+const MAY_USE: [(&str, &[&str]); 27] = [
     ("bench", &[]),
     (
         "cli",
@@ -22,6 +22,7 @@ const MAY_USE: [(&str, &[&str]); 26] = [
             "image",
             "kvm",
             "metrics",
+            "mmds",
             "sandbox",
             "terminal",
             "vm",
@@ -30,7 +31,7 @@ const MAY_USE: [(&str, &[&str]); 26] = [
     ("container", &["guest", "image", "tap", "vm"]),
     ("image", &[]),
     ("guest", &[]),
-    ("api", &["metrics", "sandbox", "socket", "vm"]),
+    ("api", &["metrics", "mmds", "sandbox", "socket", "vm"]),
     ("doctor", &["container", "kvm", "vm"]),
     (
         "vm",
@@ -43,6 +44,7 @@ const MAY_USE: [(&str, &[&str]); 26] = [
             "legacy",
             "memory",
             "metrics",
+            "mmds",
             "sandbox",
             "snapshot_files",
             "socket",
@@ -51,7 +53,7 @@ const MAY_USE: [(&str, &[&str]); 26] = [
             "virtio",
         ],
     ),
-    ("virtio", &["bus", "disk", "fuse", "memory", "metrics", "sandbox", "socket", "tap"]),
+    ("virtio", &["bus", "disk", "fuse", "memory", "metrics", "mmds", "sandbox", "socket", "tap"]),
     ("fileserver", &["fuse"]),
     ("fuse", &[]),
     ("guest", &[]),
@@ -64,6 +66,7 @@ const MAY_USE: [(&str, &[&str]); 26] = [
     ("platform", &[]),
     ("program", &[]),
     ("metrics", &[]),
+    ("mmds", &["metrics"]),
     ("sandbox", &["disk", "snapshot_files", "terminal"]),
     ("snapshot_files", &[]),
     ("socket", &["sandbox"]),

@@ -1,9 +1,11 @@
 //! JSON bodies: Firecracker's names, with unknown fields refused.
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::mmds;
 use crate::vm::config::{self, Cpu, CpuTemplate, DiskCache, DiskIo, VmConfig};
 use crate::vm::control::{BalloonReport, Bucket, Limits, LimitsChange, Load, State};
 use crate::vm::snapshot::{DiskOverride, NetOverride, Overrides, Place};
@@ -389,6 +391,14 @@ struct Entropy<'a> {
     rate_limiter: Option<&'a str>,
 }
 
+#[derive(Serialize)]
+struct MmdsConfig<'a> {
+    version: mmds::Version,
+    network_interfaces: &'a [String],
+    ipv4_address: Ipv4Addr,
+    imds_compat: bool,
+}
+
 /// Answer to `GET /vm/config`. What rvmm does not have is null.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -400,7 +410,7 @@ pub struct FullVmConfiguration<'a> {
     logger: Option<&'a str>,
     machine_config: MachineConfiguration,
     metrics: Option<&'a str>,
-    mmds_config: Option<&'a str>,
+    mmds_config: Option<MmdsConfig<'a>>,
     network_interfaces: Vec<NetworkInterface<'a>>,
     vsock: Option<Vsock<'a>>,
     entropy: Option<Entropy<'a>>,
@@ -447,7 +457,12 @@ impl<'a> FullVmConfiguration<'a> {
             logger: None,
             machine_config: MachineConfiguration::new(config),
             metrics: None,
-            mmds_config: None,
+            mmds_config: config.mmds.as_ref().map(|mmds| MmdsConfig {
+                version: mmds.version,
+                network_interfaces: &mmds.interfaces,
+                ipv4_address: mmds.address,
+                imds_compat: mmds.imds_compat,
+            }),
             network_interfaces: config.nets.iter().enumerate().map(interface).collect(),
             vsock: config.vsock.as_ref().map(Vsock::new),
             entropy: config.rng.then_some(Entropy { rate_limiter: None }),

@@ -22,6 +22,7 @@ use tokio::time::timeout;
 
 use super::routes::{self, Answer, Fault, Route, Shape};
 use super::setup::Setup;
+use crate::mmds::Store;
 use crate::vm::control::{self, Command, Control, Load};
 use crate::{metrics, sandbox};
 
@@ -46,6 +47,8 @@ pub(super) struct Shared {
     /// What `GET /` calls the VM.
     pub(super) id: String,
     pub(super) phase: Mutex<Phase>,
+    /// What the metadata service tells, before and after the start.
+    pub(super) metadata: Arc<Store>,
 }
 
 /// What requests are about.
@@ -175,6 +178,7 @@ async fn try_respond(request: Request<Incoming>, shared: &Shared) -> Result<Answ
         let mut phase = shared.phase.lock().unwrap_or_else(PoisonError::into_inner);
         match (&mut *phase, route) {
             (_, Route::Answer(answer)) => return Ok(answer),
+            (_, Route::Metadata(request)) => return request.carry_out(&shared.metadata),
             (Phase::Running(control), Route::Command(command, shape)) => {
                 Next::Send(control.clone(), command, shape)
             }

@@ -21,7 +21,7 @@ impl Rig {
         let control = Control::new().unwrap();
         let (served, answered) = (control.clone(), control.clone());
         let phase = Mutex::new(Phase::Running(served));
-        let shared = Arc::new(Shared { id: "test".into(), phase });
+        let shared = Arc::new(Shared { id: "test".into(), phase, metadata: Arc::default() });
         std::thread::spawn(move || {
             let runtime = runtime().unwrap();
             listen(&runtime, listener, shared).unwrap();

@@ -29,6 +29,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::oneshot;
 
+use crate::mmds::Store;
 use crate::socket::{self, SocketFile};
 use crate::vm::control::{Control, Load};
 
@@ -123,19 +124,16 @@ impl Socket {
     /// Lets clients put a VM together, from `setup` on. They are served while [`Waiting::wait`] waits.
     pub fn wait(self, id: String, setup: Setup) -> Result<Waiting, Error> {
         let (sender, starts) = tokio::sync::mpsc::unbounded_channel();
+        let metadata = Arc::clone(&setup.metadata);
         let phase = Mutex::new(http::Phase::Setup(Box::new(setup), sender));
-        let (runtime, shared, file) = self.listen(id, phase)?;
+        let (runtime, shared, file) = self.listen(http::Shared { id, phase, metadata })?;
         Ok(Waiting { runtime, shared, starts, file })
     }
 
-    fn listen(
-        self,
-        id: String,
-        phase: Mutex<http::Phase>,
-    ) -> Result<(Runtime, Arc<http::Shared>, SocketFile), Error> {
+    fn listen(self, shared: http::Shared) -> Result<(Runtime, Arc<http::Shared>, SocketFile), Error> {
         let Socket { listener, _file: file } = self;
         let runtime = http::runtime().map_err(Error::Serve)?;
-        let shared = Arc::new(http::Shared { id, phase });
+        let shared = Arc::new(shared);
         http::listen(&runtime, listener, Arc::clone(&shared)).map_err(Error::Serve)?;
         Ok((runtime, shared, file))
     }
@@ -172,8 +170,9 @@ impl Waiting {
 }
 
 /// Serves `socket` on a thread of its own.
-pub fn serve(socket: Socket, id: String, control: Control) -> Result<Server, Error> {
-    let (runtime, _, file) = socket.listen(id, Mutex::new(http::Phase::Running(control)))?;
+pub fn serve(socket: Socket, id: String, control: Control, metadata: Arc<Store>) -> Result<Server, Error> {
+    let phase = Mutex::new(http::Phase::Running(control));
+    let (runtime, _, file) = socket.listen(http::Shared { id, phase, metadata })?;
     spawn(runtime, file)
 }
 

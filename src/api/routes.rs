@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 
 use super::bodies::{
     self, Action, ActionType, Balloon, BalloonStatsUpdate, BalloonUpdate, FullVmConfiguration, InstanceInfo,
@@ -12,6 +13,7 @@ use super::bodies::{
 };
 use super::setup::{Drive, MachineConfig, NetworkInterface, Part};
 use crate::metrics;
+use crate::mmds::{Store, StoreError};
 use crate::vm::config::{Size, VmConfig};
 use crate::vm::control::{self, Command, Load, Reply};
 
@@ -129,10 +131,41 @@ pub enum Route {
     Command(Command, Shape),
     /// A part of a VM that has not started.
     Part(Part),
+    /// Metadata, which there are before the start and after.
+    Metadata(Metadata),
     /// The start.
     Start,
     /// The start from a snapshot.
     Load(Box<Load>),
+}
+
+/// What is to become of metadata.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Metadata {
+    Get,
+    Put(Value),
+    Patch(Value),
+}
+
+impl Metadata {
+    /// Shows or changes them.
+    pub fn carry_out(self, store: &Store) -> Result<Answer, Fault> {
+        let changed = match self {
+            Metadata::Get => {
+                let value = store.value().filter(|value| !value.is_null());
+                return Ok(Answer::json(OK, &value.unwrap_or_else(|| Value::Object(Map::new()))));
+            }
+            Metadata::Put(value) => store.put(value),
+            Metadata::Patch(value) => store.patch(value),
+        };
+        changed.map(|()| Answer::nothing()).map_err(|error| {
+            let status = match error {
+                StoreError::TooLarge => PAYLOAD_TOO_LARGE,
+                StoreError::Empty => BAD_REQUEST,
+            };
+            Fault { status, message: error.to_string() }
+        })
+    }
 }
 
 /// Finds out what a request asks for.
@@ -207,9 +240,10 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Route, Fault> {
         ("PUT", ["snapshot", "load"]) => {
             Route::Load(Box::new(parse::<SnapshotLoad>(body)?.load().map_err(Fault::bad_request)?))
         }
-        ("PUT" | "PATCH" | "GET", ["mmds"]) | ("PUT", ["mmds", "config"]) => {
-            return Err(not_yet("The metadata service (MMDS)"));
-        }
+        ("PUT", ["mmds", "config"]) => Route::Part(Part::Mmds(parse(body)?)),
+        ("GET", ["mmds"]) => Route::Metadata(Metadata::Get),
+        ("PUT", ["mmds"]) => Route::Metadata(Metadata::Put(parse(body)?)),
+        ("PATCH", ["mmds"]) => Route::Metadata(Metadata::Patch(parse(body)?)),
         ("PUT" | "PATCH", ["pmem", _]) | ("PUT" | "PATCH", ["hotplug", "memory"]) => {
             return Err(not_yet("Such a device"));
         }
@@ -402,7 +436,11 @@ mod tests {
                 r#"{"drive_id":"y","is_root_device":true,"path_on_host":"/x"}"#,
                 "\"x\" in the path",
             ),
-            ("PUT", "/mmds", r#"{}"#, "not supported yet"),
+            ("PUT", "/mmds", "{", "deserializing"),
+            ("PUT", "/mmds/config", "{}", "missing field `network_interfaces`"),
+            ("PUT", "/mmds/config", r#"{"network_interfaces":[],"version":"V3"}"#, "unknown variant `V3`"),
+            ("PUT", "/mmds/config", r#"{"network_interfaces":[],"ipv4_address":""}"#, "invalid IPv4"),
+            ("GET", "/mmds/config", "", "Invalid request"),
             ("PUT", "/snapshot/create", "{}", "missing field `snapshot_path`"),
             ("PUT", "/snapshot/create", r#"{"snapshot_type":"Diff","snapshot_path":"s"}"#, "differential"),
             ("PUT", "/snapshot/create", r#"{"snapshot_path":"s","x":1}"#, "unknown field `x`"),

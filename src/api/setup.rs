@@ -1,13 +1,16 @@
 //! Requests that put a VM together before it starts, and Firecracker's configuration file, which is made of the same bodies.
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::bodies::RateLimiter;
+use crate::mmds::{self, Store, Version};
 use crate::vm::config::{
-    Balloon, Cpu, CpuTemplate, Disk, DiskCache, DiskIo, Net, SerialConfig, Size, VmConfig, Vsock,
+    Balloon, Cpu, CpuTemplate, Disk, DiskCache, DiskIo, Mmds, Net, SerialConfig, Size, VmConfig, Vsock,
 };
 use crate::vm::control::Limits;
 
@@ -140,6 +143,18 @@ pub struct Serial {
     serial_out_path: PathBuf,
 }
 
+/// `PUT /mmds/config`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MmdsConfig {
+    #[serde(default)]
+    version: Version,
+    network_interfaces: Vec<String>,
+    ipv4_address: Option<Ipv4Addr>,
+    #[serde(default)]
+    imds_compat: bool,
+}
+
 /// A part of a VM to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Part {
@@ -154,6 +169,7 @@ pub enum Part {
     Logger(Logger),
     Metrics(Metrics),
     Serial(Serial),
+    Mmds(MmdsConfig),
 }
 
 /// A VM to be.
@@ -165,6 +181,8 @@ pub struct Setup {
     pub logger: Option<Logger>,
     /// Where metrics go, if that was asked for.
     pub metrics: Option<Metrics>,
+    /// What the metadata service tells.
+    pub metadata: Arc<Store>,
     /// Whether a client has begun to put it together.
     pub has_parts: bool,
 }
@@ -218,6 +236,14 @@ impl Setup {
             }
             Part::Machine(machine) => set_machine(&mut next, machine)?,
             Part::Cpu(template) => next.cpu = Cpu::Template(template),
+            Part::Mmds(mmds) => {
+                next.mmds = Some(Mmds {
+                    interfaces: mmds.network_interfaces,
+                    version: mmds.version,
+                    address: mmds.ipv4_address.unwrap_or(mmds::ADDRESS),
+                    imds_compat: mmds.imds_compat,
+                });
+            }
             Part::Serial(serial) => next.serial = SerialConfig::File(serial.serial_out_path),
             Part::Logger(logger) => {
                 self.logger = Some(logger);
@@ -242,7 +268,9 @@ impl Setup {
     pub fn read(text: &str) -> Result<Setup, String> {
         let file: Map<String, Value> = serde_json::from_str(text).map_err(|error| error.to_string())?;
         let mut setup = Setup::default();
-        for (name, value) in file {
+        // It names network devices, so they come before it.
+        let (last, first): (Vec<_>, Vec<_>) = file.into_iter().partition(|(name, _)| name == "mmds-config");
+        for (name, value) in first.into_iter().chain(last) {
             if value.is_null() {
                 continue;
             }
@@ -273,6 +301,7 @@ impl Setup {
                 "vsock" => vec![Part::Vsock(serde_json::from_value(one).map_err(wrong)?)],
                 "balloon" => vec![Part::Balloon(serde_json::from_value(one).map_err(wrong)?)],
                 "entropy" => vec![Part::Entropy(serde_json::from_value(one).map_err(wrong)?)],
+                "mmds-config" => vec![Part::Mmds(serde_json::from_value(one).map_err(wrong)?)],
                 "logger" => vec![Part::Logger(serde_json::from_value(one).map_err(wrong)?)],
                 "metrics" => vec![Part::Metrics(serde_json::from_value(one).map_err(wrong)?)],
                 "serial" | "serial-config" => vec![Part::Serial(serde_json::from_value(one).map_err(wrong)?)],

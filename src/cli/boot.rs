@@ -2,19 +2,20 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
 
-use super::logging::{self, LogFormat, LogLevel};
+use super::logging::{LogFormat, LogLevel};
+use super::outputs::{MetadataArguments, Outputs};
 use super::restore;
 use super::walls::Walls;
-use crate::api::{self, Logger, Setup};
+use crate::api::{self, Setup};
 use crate::boot::BootProtocol;
-use crate::metrics;
 use crate::sandbox::jail::Jail;
 use crate::sandbox::keeper::Side;
-use crate::vm::config::{self, Balloon, Cpu, Disk, Net, SerialConfig, Share, Size, VmConfig, Vsock};
+use crate::vm::config::{self, Balloon, Cpu, Disk, Mmds, Net, SerialConfig, Share, Size, VmConfig, Vsock};
 use crate::vm::{self, Timeline};
 
 /// Shown after the long help.
@@ -167,6 +168,13 @@ pub struct BootArguments {
     /// What the control socket calls the VM
     #[arg(long, value_name = "ID", default_value = "anonymous-instance")]
     id: String,
+    /// Tell the guest metadata, by HTTP at 169.254.169.254 on the network of a device
+    ///
+    /// net=ID[,net=ID]…[,version=V1|V2][,address=ADDRESS][,imds-compat]
+    #[arg(long, value_name = "net=ID[,…]")]
+    mmds: Option<Mmds>,
+    #[command(flatten)]
+    metadata: MetadataArguments,
     /// Read the VM from Firecracker's configuration file
     #[arg(long, value_name = "FILE", conflicts_with = "config")]
     config_file: Option<PathBuf>,
@@ -191,8 +199,6 @@ pub struct BootArguments {
     module: Option<String>,
     #[arg(long, hide = true)]
     http_api_max_payload_size: Option<usize>,
-    #[arg(long, hide = true)]
-    mmds_size_limit: Option<usize>,
 }
 
 impl BootArguments {
@@ -207,7 +213,17 @@ impl BootArguments {
             None => Setup::default(),
         };
         setup.config = self.configuration(std::mem::take(&mut setup.config))?;
+        setup.metadata = Arc::new(self.metadata.read()?);
         Ok(setup)
+    }
+
+    fn outputs(&self) -> Outputs<'_> {
+        Outputs {
+            level: self.log_level,
+            format: self.log_format,
+            log: self.log_path.as_deref(),
+            metrics: self.metrics_path.as_deref(),
+        }
     }
 
     fn walls(&self) -> Walls<'_> {
@@ -251,6 +267,7 @@ impl BootArguments {
         config.rootfs = self.rootfs.clone().or(config.rootfs);
         config.disks.extend(self.disk.iter().cloned());
         config.nets.extend(self.net.iter().cloned());
+        config.mmds = self.mmds.clone().or(config.mmds);
         config.shares.extend(self.share.iter().cloned());
         config.cpus = self.cpus.unwrap_or(config.cpus);
         config.memory = self.memory.unwrap_or(config.memory);
@@ -272,16 +289,6 @@ impl BootArguments {
     }
 }
 
-/// Starts the log as flags and clients want it.
-fn start_log(arguments: &BootArguments, logger: Option<&Logger>) -> anyhow::Result<()> {
-    let level = logger.and_then(|logger| logger.level.as_deref());
-    let level = level.and_then(|level| LogLevel::from_str(level, true).ok()).unwrap_or(arguments.log_level);
-    let path = logger.and_then(|logger| logger.log_path.as_ref()).or(arguments.log_path.as_ref());
-    let file = path.map(|path| logging::open(path).with_context(|| format!("cannot open the log {path:?}")));
-    logging::start_as(level, arguments.log_format, file.transpose()?);
-    Ok(())
-}
-
 /// A VM that is built, and the client that waits for its start.
 pub(super) struct Built {
     pub(super) vm: vm::Vm,
@@ -301,13 +308,13 @@ fn build_with_clients(
         let load = start.load.take();
         let mut attempt = || -> anyhow::Result<(vm::Vm, VmConfig)> {
             if !std::mem::replace(&mut has_log, true) {
-                start_log(arguments, setup.logger.as_ref())?;
+                arguments.outputs().start_log(&setup)?;
             }
-            open_metrics(arguments, &setup)?;
+            arguments.outputs().open_metrics(&setup)?;
             timeline.mark("configured");
             match &load {
-                Some(load) => restore::restore(load, timeline),
-                None => Ok((vm::build(&setup.config, timeline)?, setup.config.clone())),
+                Some(load) => restore::restore(load, &setup.metadata, timeline),
+                None => Ok((vm::build(&setup.config, &setup.metadata, timeline)?, setup.config.clone())),
             }
         };
         match attempt() {
@@ -323,25 +330,13 @@ fn build_with_clients(
     Ok(None)
 }
 
-/// Opens the file for lines of JSON.
-fn open_metrics(arguments: &BootArguments, setup: &Setup) -> anyhow::Result<()> {
-    let path =
-        setup.metrics.as_ref().map(|metrics| &metrics.metrics_path).or(arguments.metrics_path.as_ref());
-    if let Some(path) = path {
-        let file =
-            logging::open(path).with_context(|| format!("cannot open the file for metrics {path:?}"))?;
-        metrics::set_output(file);
-    }
-    Ok(())
-}
-
 /// Boots a VM and runs it to its end.
 pub fn run(arguments: BootArguments, mut timeline: Timeline) -> anyhow::Result<ExitCode> {
     let setup = arguments.setup()?;
     let waits = arguments.api_socket.is_some() && !arguments.describes_a_vm();
     if !waits {
-        start_log(&arguments, setup.logger.as_ref())?;
-        open_metrics(&arguments, &setup)?;
+        arguments.outputs().start_log(&setup)?;
+        arguments.outputs().open_metrics(&setup)?;
     }
     // First of all, while little is open.
     let plan = arguments.walls();
@@ -363,7 +358,7 @@ pub fn run(arguments: BootArguments, mut timeline: Timeline) -> anyhow::Result<E
         },
         None => {
             timeline.mark("configured");
-            let mut vm = vm::build(&setup.config, &mut timeline)?;
+            let mut vm = vm::build(&setup.config, &setup.metadata, &mut timeline)?;
             if setup.metrics.is_some() {
                 vm.write_metrics(None);
             }
@@ -376,7 +371,7 @@ pub fn run(arguments: BootArguments, mut timeline: Timeline) -> anyhow::Result<E
     plan.put_up(&config, keeper, &mut vm, &mut timeline)?;
     let _api = match (start, socket) {
         (Some((waiting, start)), _) => Some(waiting.serve(start, vm.control())?),
-        (None, Some(socket)) => Some(api::serve(socket, arguments.id.clone(), vm.control())?),
+        (None, Some(socket)) => Some(api::serve(socket, arguments.id.clone(), vm.control(), setup.metadata)?),
         (None, None) => None,
     };
     let ended = vm::run(vm, &mut timeline)?;

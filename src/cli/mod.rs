@@ -14,6 +14,7 @@ mod logging;
 mod man;
 pub mod network;
 mod network_relay;
+mod outputs;
 mod restore;
 mod snapshot;
 pub mod volume;

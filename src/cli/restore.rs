@@ -3,13 +3,16 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use clap::Args;
 
 use super::boot::{Built, TimelineFormat, finish};
-use super::logging::{self, LogLevel};
+use super::logging::{LogFormat, LogLevel};
+use super::outputs::{MetadataArguments, Outputs};
 use super::walls::Walls;
 use crate::api::{self, Setup};
+use crate::mmds::Store;
 use crate::sandbox::jail::Jail;
 use crate::sandbox::keeper::Side;
 use crate::vm::config::{SerialConfig, Size, VmConfig};
@@ -66,6 +69,8 @@ pub struct RestoreArguments {
     /// Print where the time of the restore went, to standard error at the end
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, default_missing_value = "table", require_equals = true)]
     timeline: Option<TimelineFormat>,
+    #[command(flatten)]
+    metadata: MetadataArguments,
     /// How much to log to standard error
     #[arg(long, value_name = "LEVEL", default_value = "warn")]
     log_level: LogLevel,
@@ -125,7 +130,12 @@ impl FromStr for NetOverride {
 
 /// Restores a VM and runs it to its end.
 pub fn run(arguments: &RestoreArguments, mut timeline: Timeline) -> anyhow::Result<ExitCode> {
-    logging::start(arguments.log_level);
+    let outputs = Outputs { level: arguments.log_level, format: LogFormat::Text, log: None, metrics: None };
+    let setup = Setup { metadata: Arc::new(arguments.metadata.read()?), ..Setup::default() };
+    let metadata = Arc::clone(&setup.metadata);
+    if arguments.directory.is_some() {
+        outputs.start_log(&setup)?;
+    }
     let walls = Walls {
         no_sandbox: arguments.no_sandbox,
         jail: arguments.jail.as_ref(),
@@ -156,12 +166,12 @@ pub fn run(arguments: &RestoreArguments, mut timeline: Timeline) -> anyhow::Resu
             let place = Place::directory(directory);
             let load = Load { place, overrides, resume: !arguments.paused };
             let snapshot = opened.map_or_else(|| Snapshot::open(&load.place), Ok)?;
-            let (vm, config) = restore_opened(snapshot, &load, &mut timeline)?;
+            let (vm, config) = restore_opened(snapshot, &load, &metadata, &mut timeline)?;
             (Built { vm, config, start: None }, socket)
         }
         (None, Some(socket)) => {
-            let waiting = socket.wait(arguments.id.clone(), Setup::default())?;
-            match restore_with_clients(waiting, &overrides, &mut timeline)? {
+            let waiting = socket.wait(arguments.id.clone(), setup)?;
+            match restore_with_clients(waiting, &outputs, &overrides, &mut timeline)? {
                 Some(built) => (built, None),
                 None => return Ok(ExitCode::SUCCESS),
             }
@@ -172,7 +182,7 @@ pub fn run(arguments: &RestoreArguments, mut timeline: Timeline) -> anyhow::Resu
     walls.put_up(&config, keeper, &mut vm, &mut timeline)?;
     let _api = match (start, socket) {
         (Some((waiting, start)), _) => Some(waiting.serve(start, vm.control())?),
-        (None, Some(socket)) => Some(api::serve(socket, arguments.id.clone(), vm.control())?),
+        (None, Some(socket)) => Some(api::serve(socket, arguments.id.clone(), vm.control(), metadata)?),
         (None, None) => None,
     };
     let ended = vm::run(vm, &mut timeline)?;
@@ -180,18 +190,23 @@ pub fn run(arguments: &RestoreArguments, mut timeline: Timeline) -> anyhow::Resu
 }
 
 /// Builds the VM that a snapshot is of.
-pub(super) fn restore(load: &Load, timeline: &mut Timeline) -> anyhow::Result<(Vm, VmConfig)> {
-    restore_opened(Snapshot::open(&load.place)?, load, timeline)
+pub(super) fn restore(
+    load: &Load,
+    metadata: &Arc<Store>,
+    timeline: &mut Timeline,
+) -> anyhow::Result<(Vm, VmConfig)> {
+    restore_opened(Snapshot::open(&load.place)?, load, metadata, timeline)
 }
 
 fn restore_opened(
     mut snapshot: Snapshot,
     load: &Load,
+    metadata: &Arc<Store>,
     timeline: &mut Timeline,
 ) -> anyhow::Result<(Vm, VmConfig)> {
     snapshot.replace(&load.overrides)?;
     timeline.mark("snapshot read");
-    let mut vm = vm::restore(&snapshot, timeline)?;
+    let mut vm = vm::restore(&snapshot, metadata, timeline)?;
     if !load.resume {
         vm.start_paused();
     }
@@ -201,17 +216,31 @@ fn restore_opened(
 /// Waits until a client has a snapshot loaded, and it could be; `None` when a signal ends the wait.
 fn restore_with_clients(
     mut waiting: api::Waiting,
+    outputs: &Outputs<'_>,
     overrides: &Overrides,
     timeline: &mut Timeline,
 ) -> anyhow::Result<Option<Built>> {
+    let mut has_log = false;
     while let Some(mut start) = waiting.wait()? {
+        let setup = start.take_setup();
         let Some(mut load) = start.load.take() else {
             start.refuse("this rvmm waits for a snapshot to load".into());
             continue;
         };
         load.overrides = load.overrides.or(overrides);
         timeline.mark("load asked for");
-        match restore(&load, timeline) {
+        let mut attempt = || -> anyhow::Result<(Vm, VmConfig)> {
+            if !std::mem::replace(&mut has_log, true) {
+                outputs.start_log(&setup)?;
+            }
+            outputs.open_metrics(&setup)?;
+            let (mut vm, config) = restore(&load, &setup.metadata, timeline)?;
+            if setup.metrics.is_some() {
+                vm.write_metrics(None);
+            }
+            Ok((vm, config))
+        };
+        match attempt() {
             Ok((vm, config)) => return Ok(Some(Built { vm, config, start: Some((waiting, start)) })),
             Err(error) => start.refuse(format!("cannot load the snapshot: {error:#}")),
         }

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
 
-use super::{API_FAULTS, API_REQUESTS, Device, EXITS, Moment, registry};
+use super::{API_FAULTS, API_REQUESTS, Device, EXITS, Moment, mmds, registry};
 
 /// A line with what was added since the one before.
 pub fn line() -> String {
@@ -41,6 +41,17 @@ pub(super) fn line_of(devices: &[Arc<Device>], timeline: &[Moment], lines_failed
             "exit_mmio_read": mmio_read.since_told(),
             "exit_mmio_write": mmio_write.since_told(),
             "failures": EXITS.get(7).map_or(0, super::Counter::since_told),
+        }),
+    );
+    set(
+        "mmds",
+        json!({
+            "rx_count": mmds::RECEIVED.since_told(),
+            "rx_bad_eth": mmds::LOST.since_told(),
+            "rx_invalid_token": mmds::INVALID_TOKENS.since_told(),
+            "rx_no_token": mmds::NO_TOKENS.since_told(),
+            "tx_count": mmds::SENT.since_told(),
+            "connections_destroyed": mmds::CONNECTIONS.since_told(),
         }),
     );
     for kind in ["block", "net", "vsock", "entropy", "balloon", "fs", "console"] {

@@ -178,6 +178,43 @@ pub static API_FAULTS: [Counter; 4] = [const { Counter::new() }; 4];
 /// A moment of the start: its name, wall-clock and processor time in microseconds.
 pub type Moment = (String, u64, Option<u64>);
 
+/// What the metadata service does.
+pub mod mmds {
+    use super::Counter;
+
+    /// Frames from guests.
+    pub static RECEIVED: Counter = Counter::new();
+    /// Frames to guests.
+    pub static SENT: Counter = Counter::new();
+    /// Frames that there was no room for, or that made no sense.
+    pub static LOST: Counter = Counter::new();
+    /// Connections that are over.
+    pub static CONNECTIONS: Counter = Counter::new();
+    /// Requests.
+    pub static REQUESTS: Counter = Counter::new();
+    /// Requests that got an error.
+    pub static REFUSED: Counter = Counter::new();
+    /// Tokens that were given out.
+    pub static TOKENS: Counter = Counter::new();
+    /// Requests with a token that does not hold.
+    pub static INVALID_TOKENS: Counter = Counter::new();
+    /// Requests for metadata without a token.
+    pub static NO_TOKENS: Counter = Counter::new();
+
+    /// All, with their names.
+    pub const ALL: [(&str, &Counter); 9] = [
+        ("frames_received", &RECEIVED),
+        ("frames_sent", &SENT),
+        ("frames_lost", &LOST),
+        ("connections", &CONNECTIONS),
+        ("requests", &REQUESTS),
+        ("refused", &REFUSED),
+        ("tokens", &TOKENS),
+        ("invalid_tokens", &INVALID_TOKENS),
+        ("no_tokens", &NO_TOKENS),
+    ];
+}
+
 #[derive(Default)]
 struct Registry {
     devices: Vec<Arc<Device>>,

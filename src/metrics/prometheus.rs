@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{
     API_FAULTS, API_METHODS, API_REQUESTS, BLOCK_KINDS, BUCKETS, Counter, Device, EXIT_REASONS, EXITS,
-    Histogram, Moment, registry,
+    Histogram, Moment, mmds, registry,
 };
 
 /// All metrics as they are now.
@@ -108,6 +108,11 @@ pub(super) fn text_of(devices: &[Arc<Device>], timeline: &[Moment]) -> String {
         for device in devices {
             page.sample(&name, &[("device", device.kind), ("id", &device.id)], counter(device).get());
         }
+    }
+    let name = "rvmm_mmds_total";
+    page.family(name, "counter", "What the metadata service did.");
+    for (kind, counter) in mmds::ALL {
+        page.sample(name, &[("kind", kind)], counter.get());
     }
     block(&mut page, devices);
     net(&mut page, devices);

@@ -29,6 +29,7 @@ use crate::kvm::pvm::{self, Emulator};
 use crate::kvm::{self, Kvm, emulated};
 use crate::legacy::{GuestEvent, GuestRequests, I8042, PowerBlock, PvPanic, Serial, SerialSink};
 use crate::memory::{self, Ram};
+use crate::mmds::Store;
 use crate::platform::{
     self, COM1, COM1_GSI, GUEST_EVENT, I8042 as I8042_PORTS, I8042_GSI, MmioSlot, POWER, POWER_GSI, PVPANIC,
     Ports, VIRTIO_MMIO_SIZE,
@@ -108,21 +109,26 @@ pub enum Error {
     Overlap(#[from] Overlap),
 }
 
-/// Builds the machine that `config` describes.
-pub fn build(config: &VmConfig, timeline: &mut Timeline) -> Result<Vm, Error> {
-    assemble(config, None, timeline)
+/// Builds the machine that `config` describes, whose metadata service, if it has one, tells `metadata`.
+pub fn build(config: &VmConfig, metadata: &Arc<Store>, timeline: &mut Timeline) -> Result<Vm, Error> {
+    assemble(config, metadata, None, timeline)
 }
 
-/// Builds the machine that a snapshot was taken of.
-pub fn restore(snapshot: &Snapshot, timeline: &mut Timeline) -> Result<Vm, Error> {
-    assemble(snapshot.config(), Some(snapshot), timeline)
+/// Builds the machine that a snapshot was taken of; metadata are not in it.
+pub fn restore(snapshot: &Snapshot, metadata: &Arc<Store>, timeline: &mut Timeline) -> Result<Vm, Error> {
+    assemble(snapshot.config(), metadata, Some(snapshot), timeline)
 }
 
 /// Builds a machine, and has it begin with its kernel, or go on where it was saved.
-fn assemble(config: &VmConfig, saved: Option<&Snapshot>, timeline: &mut Timeline) -> Result<Vm, Error> {
+fn assemble(
+    config: &VmConfig,
+    metadata: &Arc<Store>,
+    saved: Option<&Snapshot>,
+    timeline: &mut Timeline,
+) -> Result<Vm, Error> {
     config.validate(host_memory_bytes())?;
     let room_event = event()?;
-    let (mut devices, mut handles) = devices::open(config)?;
+    let (mut devices, mut handles) = devices::open(config, metadata)?;
     let mut consoles = Vec::new();
     let mut sized = None;
     if let Some((device, handle, console)) = open_virtio_console(config, &room_event)? {

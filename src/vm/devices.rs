@@ -1,11 +1,13 @@
 //! From what the configuration says of devices to devices: opens their files.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::config::{self, VmConfig};
+use crate::mmds::{Service, Stack, Store};
 use crate::virtio::Device;
 use crate::virtio::balloon::{Balloon, BalloonHandle, BalloonOptions, PAGE_BYTES};
 use crate::virtio::block::{Block, BlockHandle, BlockOptions};
@@ -87,7 +89,10 @@ pub(super) struct NetHandle {
 }
 
 /// Opens all devices, in the order in which the guest finds them: disks first, so that their names stay.
-pub(super) fn open(config: &VmConfig) -> Result<(Vec<Box<dyn Device>>, Handles), Error> {
+pub(super) fn open(
+    config: &VmConfig,
+    metadata: &Arc<Store>,
+) -> Result<(Vec<Box<dyn Device>>, Handles), Error> {
     let mut devices: Vec<Box<dyn Device>> = Vec::with_capacity(config.device_count());
     let mut handles = Handles::default();
     for (index, disk) in config.all_disks().enumerate() {
@@ -108,8 +113,20 @@ pub(super) fn open(config: &VmConfig) -> Result<(Vec<Box<dyn Device>>, Handles),
         handles.balloon = Some((devices.len(), handle));
         devices.push(Box::new(device));
     }
+    let service = match &config.mmds {
+        Some(mmds) => {
+            let service = Service::new(Arc::clone(metadata), mmds.version, mmds.imds_compat);
+            Some((mmds, Arc::new(service.map_err(Error::Random)?)))
+        }
+        None => None,
+    };
     for (index, net) in config.nets.iter().enumerate() {
-        let device = open_net(net, net.id(index))?;
+        let service = service.as_ref().filter(|(mmds, _)| mmds.is_on(net, index));
+        let vhost = if service.is_some() { None } else { open_vhost(net)? };
+        let mut device = open_net(net, net.id(index), vhost)?;
+        if let Some((mmds, service)) = service {
+            device.serve_metadata(Stack::new(Arc::clone(service), mmds.address).map_err(Error::Random)?);
+        }
         let (receive_limits, transmit_limits) = device.limit_handles();
         handles.nets.push(NetHandle { id: net.id(index), receive_limits, transmit_limits });
         devices.push(Box::new(device));
@@ -151,7 +168,7 @@ fn open_image(disk: &config::Disk, options: &disk::Options) -> Result<disk::Imag
     disk::open_parts(parts, options)
 }
 
-fn open_net(net: &config::Net, id: String) -> Result<Net, Error> {
+fn open_net(net: &config::Net, id: String, vhost: Option<Vhost>) -> Result<Net, Error> {
     let tap = tap::open(&tap::Options {
         name: net.tap.clone(),
         netns: net.netns.clone(),
@@ -175,7 +192,7 @@ fn open_net(net: &config::Net, id: String) -> Result<Net, Error> {
     }
     let (receive_limits, transmit_limits) = (net.rx_limits, net.tx_limits);
     let options = NetOptions { id, mtu: net.mtu, receive_limits, transmit_limits, ..NetOptions::new(mac.0) };
-    Ok(Net::new(tap, open_vhost(net)?, &options))
+    Ok(Net::new(tap, vhost, &options))
 }
 
 fn open_vhost(net: &config::Net) -> Result<Option<Vhost>, Error> {

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 mod control;
+mod metadata;
 mod receive;
 pub mod spec;
 mod vhost;
@@ -19,14 +20,17 @@ use serde::{Deserialize, Serialize};
 use vm_memory::VolatileSlice;
 
 use self::control::Command;
+use self::metadata::{Looked, Metadata};
 use self::receive::{Received, Receiver, Shape};
 use self::spec::feature;
 pub use self::vhost::Vhost;
 use super::Chain;
+use super::chain::TooShort;
 use super::device::{Activation, Completions, Device, Handled, Handover, Source};
 use super::rate::{LimitHandle, Limiter, Limits};
 use super::state::{DeviceState, RestoreError};
 use crate::memory::Ram;
+use crate::mmds::{self, Stack};
 use crate::tap::{HEADER_BYTES, Piece, Tap, offload};
 use crate::{metrics, sandbox};
 
@@ -57,6 +61,7 @@ const LARGE: u64 = feature::GUEST_TSO4 | feature::GUEST_TSO6 | feature::GUEST_US
 const RECEIVE_TIMER: u32 = 1 << 16;
 const TRANSMIT_TIMER: u32 = RECEIVE_TIMER + 1;
 const CALL: u32 = RECEIVE_TIMER + 2;
+const METADATA_TIMER: u32 = RECEIVE_TIMER + 3;
 
 /// How a network device looks to its guest, and what it may do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,6 +97,7 @@ pub struct Net {
     receive_limiter: Limiter,
     transmit_limiter: Limiter,
     vhost: Option<Vhost>,
+    metadata: Option<Metadata>,
     counters: Arc<metrics::Device>,
     /// What the driver chose before the VM was restored, until the device is started.
     chosen: Option<State>,
@@ -161,9 +167,17 @@ impl Net {
             counters: metrics::Device::new("net", &*options.id, metrics::Own::Net(Box::default())),
             tap,
             vhost,
+            metadata: None,
             chosen: None,
             active: None,
         }
+    }
+
+    /// Has the metadata service answer what its guest sends to it. The host's kernel knows nothing of that, so vhost-net
+    /// is out of the question.
+    pub fn serve_metadata(&mut self, stack: Stack) {
+        self.vhost = None;
+        self.metadata = Some(Metadata::new(stack));
     }
 
     /// What changes the limits on what the guest receives, and on what it sends.
@@ -191,6 +205,19 @@ impl Net {
             queue if queue % 2 == 0 => Role::Receive(queue / 2),
             queue => Role::Transmit(queue / 2),
         }
+    }
+
+    /// Hands the guest what the metadata service has for it.
+    fn deliver(&mut self, done: &mut Completions) {
+        let (Some(metadata), Some(active)) = (&mut self.metadata, &mut self.active) else { return };
+        let Some(receiver) = active.receivers.first_mut() else { return };
+        while let Some(packet) = metadata.packet() {
+            match receiver.put(&active.ram, &packet, 0, active.shape, done) {
+                Received::NoRoom => break,
+                _ => metadata.sent(),
+            }
+        }
+        metadata.arm();
     }
 
     /// Moves packets from the tap to the guest, until either has no more.
@@ -239,12 +266,24 @@ impl Net {
         }
         let Active { ram, pieces, .. } = active;
         pieces.clear();
-        let pushed =
-            chain.reader(ram).for_each_slice(|slice| push_pieces(&mut |piece| pieces.push(piece), &slice));
-        if pushed.is_err() {
-            return Handled::Done(chain, 0);
+        let mut head = [0; HEADER_BYTES + mmds::HEAD_BYTES];
+        let mut rest = chain.reader(ram);
+        if let Some(metadata) = &mut self.metadata {
+            match metadata.look(rest.clone(), &mut head) {
+                Ok(Looked::Other(bytes, behind)) => {
+                    // The guest may change it meanwhile, and what is for the service must not reach the tap.
+                    // SAFETY: the array outlives the call that the piece is used in, after which the piece is taken away,
+                    // and nothing else refers to its bytes meanwhile.
+                    pieces.push(unsafe { Piece::new(head.as_mut_ptr(), bytes) });
+                    rest = behind;
+                }
+                Ok(Looked::Taken) | Err(TooShort) => return Handled::Done(chain, 0),
+            }
         }
-        let written = self.tap.write(pair, pieces);
+        let pushed = rest.for_each_slice(|slice| push_pieces(&mut |piece| pieces.push(piece), &slice));
+        let written = pushed.map(|()| self.tap.write(pair, pieces));
+        pieces.clear();
+        let Ok(written) = written else { return Handled::Done(chain, 0) };
         if let Some(net) = self.counters.net() {
             match &written {
                 Ok(_) => {
@@ -369,6 +408,9 @@ impl Device for Net {
         let Activation { ram, features } = activation;
         self.receive_limiter.start()?;
         self.transmit_limiter.start()?;
+        if let Some(metadata) = &mut self.metadata {
+            metadata.start()?;
+        }
         self.tap.set_active(1)?;
         self.tap.set_offloads(host_offloads(features))?;
         // What waits there was meant for another driver, which may have taken packets that this one does not.
@@ -415,7 +457,13 @@ impl Device for Net {
         let timers = [(&self.receive_limiter, RECEIVE_TIMER), (&self.transmit_limiter, TRANSMIT_TIMER)];
         let timers =
             timers.into_iter().filter_map(|(limiter, token)| Some((limiter.fd()?, token, EventSet::IN)));
-        taps.chain(timers).chain(call).map(|(fd, token, events)| Source { fd, token, events }).collect()
+        let metadata = self.metadata.as_ref().and_then(Metadata::fd);
+        let metadata = metadata.map(|fd| (fd, METADATA_TIMER, EventSet::IN));
+        taps.chain(timers)
+            .chain(call)
+            .chain(metadata)
+            .map(|(fd, token, events)| Source { fd, token, events })
+            .collect()
     }
 
     fn hand_over(&mut self, queues: &[Handover<'_>]) -> u16 {
@@ -471,6 +519,7 @@ impl Device for Net {
     }
 
     fn flush(&mut self, done: &mut Completions) {
+        self.deliver(done);
         for pair in 0..self.active.as_ref().map_or(0, |active| usize::from(active.state.pairs)) {
             self.receive(pair, done);
         }
@@ -480,6 +529,11 @@ impl Device for Net {
         match token {
             RECEIVE_TIMER => self.receive_limiter.fired(),
             TRANSMIT_TIMER => self.transmit_limiter.fired(),
+            METADATA_TIMER => {
+                if let Some(metadata) = &mut self.metadata {
+                    metadata.fired();
+                }
+            }
             CALL => {
                 if let (Some(vhost), Some(active)) = (&self.vhost, &mut self.active) {
                     active.called |= vhost.call().read().is_ok();
@@ -518,6 +572,9 @@ impl Device for Net {
         // Before guest memory goes.
         self.take_back();
         self.active = None;
+        if let Some(metadata) = &mut self.metadata {
+            metadata.stop();
+        }
     }
 }
 

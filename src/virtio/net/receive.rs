@@ -145,6 +145,39 @@ impl Receiver {
         Ok(Received::Packet((len - HEADER_BYTES) as u64))
     }
 
+    /// Writes a packet, with its header, that does not come from the tap.
+    pub(super) fn put(
+        &mut self,
+        ram: &Ram,
+        packet: &[u8],
+        pair: usize,
+        shape: Shape,
+        done: &mut Completions,
+    ) -> Received {
+        self.shed_short(pair, done);
+        let Some((first, _)) = self.held.front() else { return Received::NoRoom };
+        if shape.mergeable && self.room < packet.len() {
+            return Received::NoRoom;
+        }
+        if !shape.mergeable && packet.len() > first.writable_len() as usize {
+            return Received::Lost;
+        }
+        let mut rest = packet;
+        for (chain, _) in self.held.iter().filter(|(chain, _)| !is_short(chain)) {
+            let len = rest.len().min(chain.writable_len() as usize);
+            let Some((part, behind)) = rest.split_at_checked(len) else { break };
+            if chain.writer(ram).write_all(part).is_err() {
+                return Received::Lost;
+            }
+            rest = behind;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        self.complete(ram, pair, shape, packet.len(), done);
+        Received::Packet((packet.len().saturating_sub(HEADER_BYTES)) as u64)
+    }
+
     /// Hands in chains at the front that nothing can be written to.
     fn shed_short(&mut self, pair: usize, done: &mut Completions) {
         while let Some((chain, _)) = self.held.pop_front_if(|(chain, _)| is_short(chain)) {

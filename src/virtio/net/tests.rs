@@ -12,6 +12,9 @@ use crate::virtio::rate::Bucket;
 use crate::virtio::spec::{register, status};
 use crate::virtio::testing::{Desc, Driver, Ring};
 
+#[path = "metadata_tests.rs"]
+mod metadata;
+
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
 const PATIENCE: Duration = Duration::from_secs(20);
 const BUFFERS: u64 = 0x10_0000;
@@ -34,11 +37,16 @@ impl Rig {
     }
 
     fn with(pairs: usize, features: u64, options: NetOptions) -> Self {
+        Self::made(pairs, features, options, |_| {})
+    }
+
+    fn made(pairs: usize, features: u64, options: NetOptions, make: impl FnOnce(&mut Net)) -> Self {
         let (near, far): (Vec<_>, Vec<_>) = (0..pairs).map(|_| UnixDatagram::pair().unwrap()).unzip();
         near.iter().for_each(|near| near.set_nonblocking(true).unwrap());
         far.iter().for_each(|far| far.set_read_timeout(Some(PATIENCE)).unwrap());
         let tap = Tap::stand_in(near.into_iter().map(Into::into).collect(), 1500);
-        let device = Net::new(tap, None, &options);
+        let mut device = Net::new(tap, None, &options);
+        make(&mut device);
         let limits = device.limit_handles();
         let ram = memory::allocate(64 << 20).unwrap();
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();

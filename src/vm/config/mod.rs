@@ -4,6 +4,7 @@ mod balloon;
 mod cpu;
 mod disk;
 mod limits;
+mod mmds;
 mod net;
 mod serial;
 mod share;
@@ -13,6 +14,7 @@ mod vsock;
 pub use balloon::Balloon;
 pub use cpu::{Bitmap, Cpu, CpuTemplate, CpuidModifier, MsrModifier, Register};
 pub use disk::{Disk, MAX_DISK_QUEUES};
+pub use mmds::{Mmds, MmdsError};
 pub use net::{MAX_NET_QUEUES, Mac, Net, NetError, VhostUse};
 pub use serial::SerialConfig;
 pub use share::{MAX_TAG_BYTES, Share};
@@ -94,6 +96,9 @@ pub enum Error {
     /// A network device.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// The metadata service.
+    #[error(transparent)]
+    Mmds(#[from] MmdsError),
     /// A shared folder's tag does not fit.
     #[error("tag {0:?}: a shared folder's tag has 1 to {MAX_TAG_BYTES} bytes of printable ASCII")]
     ShareTag(String),
@@ -141,6 +146,9 @@ pub struct VmConfig {
     pub rng: bool,
     /// Network devices.
     pub nets: Vec<Net>,
+    /// The metadata service.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mmds: Option<Mmds>,
     /// The memory balloon.
     pub balloon: Option<Balloon>,
     /// Shared folders.
@@ -171,6 +179,7 @@ impl Default for VmConfig {
             rng: false,
             balloon: None,
             nets: vec![],
+            mmds: None,
             shares: vec![],
             serial: SerialConfig::default(),
             console: SerialConfig::None,
@@ -246,6 +255,7 @@ impl VmConfig {
             }
         }
         net::check(&self.nets)?;
+        self.mmds.as_ref().map_or(Ok(()), |mmds| mmds.check(&self.nets))?;
         let mut tags = std::collections::BTreeSet::new();
         for share in &self.shares {
             share.check()?;
