@@ -2,6 +2,8 @@
 
 #[path = "snapshot/linux.rs"]
 mod linux_guests;
+#[path = "snapshot/shell.rs"]
+mod shell;
 
 use std::fs;
 use std::path::{Path, PathBuf};
