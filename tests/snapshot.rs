@@ -2,6 +2,10 @@
 
 #[path = "snapshot/linux.rs"]
 mod linux_guests;
+#[path = "snapshot/network.rs"]
+mod network;
+#[path = "snapshot/shell.rs"]
+mod shell;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,11 +1,11 @@
 //! Linux guests that are saved under load and go on in other processes.
 
-use std::io::{Read, Write};
-use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::shell::{SHELL, number, sh};
 use crate::support::api::Api;
 use crate::support::guest::linux_for_tests;
 use crate::support::monitor::Running;
@@ -13,9 +13,11 @@ use crate::support::{LINUX_PATIENCE, Script, directory, has_fast_kvm, image, kvm
 use rvmm::kvm::kind::Kind;
 
 const VSOCK: &str = "/usr/lib/rvmm/tests/vsock";
-const SHELL: u32 = 1000;
+/// Where the guest calls the host.
+const HOST: u32 = 5000;
 
-/// What the guest does all the time: it counts, it looks at its clocks, and it writes and verifies a disk.
+/// What the guest does all the time: it counts, it looks at its clocks, and it writes and verifies a disk. It also keeps
+/// some memory of which it knows the sum, and a connection to the host for each of its lives.
 const WORK: &str = r#"
 count() { i=0; while :; do i=$((i+1)); echo $i >/tmp/count.new; mv /tmp/count.new /tmp/count; sleep 0.05; done; }
 clocks() {
@@ -25,137 +27,156 @@ clocks() {
     done
 }
 verify() {
-    while fio --name=raw --filename=/dev/vdc --size=4m --rw=randwrite --bs=4k --ioengine=libaio --iodepth=8 --direct=1 \
+    while fio --name=raw --filename=/dev/vdc --size=2m --rw=randwrite --bs=4k --ioengine=libaio --iodepth=8 --direct=1 \
         --verify=crc32c --do_verify=1 --verify_fatal=1 >/tmp/fio 2>&1; do echo done >>/tmp/rounds; done
     cat /tmp/fio >>/tmp/wrong
 }
-: >/tmp/wrong; : >/tmp/rounds; echo 0 >/tmp/count
-count & clocks & WORKER
+held() { while :; do VSOCK hold HOST 1 >>/tmp/held; sleep 0.1; done; }
+: >/tmp/wrong; : >/tmp/rounds; : >/tmp/held; echo 0 >/tmp/count
+dd if=/dev/urandom of=/tmp/kept bs=64k count=64 2>/dev/null; md5sum /tmp/kept >/tmp/sum
+count & clocks & held & WORKER
+VSOCK shell SHELL &
+echo guest is ready
+wait
 "#;
 
-/// Runs commands in the guest by its vsock shell, waiting until that answers.
-fn sh(socket: &Path, commands: &str) -> String {
+/// What is asked of a guest, and the load in it.
+struct Case {
+    cpus: u32,
+    rounds: u32,
+    /// Whether fio writes to a disk.
+    disk: bool,
+}
+
+/// What a guest tells of itself: its counter, its uptime, its wall clock.
+fn ask(socket: &Path) -> [u64; 3] {
+    let output = sh(socket, "cat /tmp/count; cut -d. -f1 /proc/uptime; date +%s; echo end of output");
+    let mut numbers = output.lines().map(number);
+    [(); 3].map(|()| numbers.next().unwrap_or_else(|| panic!("{output:?} is too short")))
+}
+
+/// Waits until `holds`.
+fn until(what: &str, running: &Running, mut holds: impl FnMut() -> bool) {
     let end = Instant::now() + LINUX_PATIENCE;
-    loop {
-        if let Some(output) = try_sh(socket, commands) {
-            return output;
-        }
-        assert!(Instant::now() < end, "the guest's shell does not answer");
-        std::thread::sleep(Duration::from_millis(50));
+    while !holds() {
+        assert!(Instant::now() < end, "{what}\n{}", running.story());
+        std::thread::sleep(Duration::from_millis(100));
     }
 }
 
-fn try_sh(socket: &Path, commands: &str) -> Option<String> {
-    let mut stream = UnixStream::connect(socket).ok()?;
-    stream.set_read_timeout(Some(LINUX_PATIENCE)).ok()?;
-    writeln!(stream, "CONNECT {SHELL}").ok()?;
-    let mut line = Vec::new();
-    while line.last() != Some(&b'\n') {
-        let mut byte = [0];
-        if stream.read(&mut byte).ok()? == 0 {
-            return None;
-        }
-        line.extend(byte);
-    }
-    stream.write_all(commands.as_bytes()).and_then(|()| stream.write_all(b"\n")).ok()?;
-    stream.shutdown(Shutdown::Write).ok()?;
-    let mut output = String::new();
-    stream.read_to_string(&mut output).ok()?;
-    output.ends_with("end of output\n").then(|| output.replace("end of output\n", ""))
+/// Where the guest's calls arrive.
+fn listen(socket: &Path) -> UnixListener {
+    let listener = UnixListener::bind(format!("{}_{HOST}", socket.display())).expect("a socket");
+    listener.set_nonblocking(true).expect("a socket");
+    listener
 }
 
-fn number(text: &str) -> u64 {
-    text.trim().parse().unwrap_or_else(|_| panic!("{text:?} is no number"))
+/// Waits for the guest's call.
+fn called(listener: &UnixListener, running: &Running) -> UnixStream {
+    let mut stream = None;
+    until("the guest does not call", running, || {
+        stream = listener.accept().ok().map(|(stream, _)| stream);
+        stream.is_some()
+    });
+    stream.expect("a call")
 }
 
-/// Saves and restores a guest with these vCPUs over and over.
-fn rounds(cpus: u32, rounds: u32, with_disk: bool) {
+/// The VM's life number `index`: its vsock socket, and its control socket.
+fn sockets(directory: &Path, index: u32) -> (PathBuf, Api) {
+    (directory.join(format!("vsock{index}")), Api::new(&directory.join(format!("api{index}"))))
+}
+
+/// Saves and restores a guest over and over, at moments of no order.
+fn rounds(case: &Case) {
     let Some(linux) = linux_for_tests() else { return };
     let directory = directory();
     let path = |name: &str| directory.path().join(name);
-    image(&path("data"), 16 << 20);
-    let worker = if with_disk { "verify &" } else { "" };
-    let script = Script::new(&format!(
-        "{}\n{VSOCK} shell {SHELL} &\necho guest is ready\nwait",
-        WORK.replace("WORKER", worker)
-    ));
+    let data = path("data");
+    image(&data, 16 << 20);
+    let worker = if case.disk { "verify &" } else { "" };
+    let work = WORK.replace("WORKER", worker).replace("VSOCK", VSOCK);
+    let script = Script::new(&work.replace("SHELL", &SHELL.to_string()).replace("HOST", &HOST.to_string()));
     let place = path("snapshot");
-    let (mut socket, mut api) = (path("vsock0"), Api::new(&path("api0")));
-    let monitor = script.on(linux.monitor()).arg("--disk").arg(path("data")).args(["--rng", "--balloon"]);
-    let monitor = monitor.args(["--cpus", &cpus.to_string(), "--vsock"]);
+    let (mut socket, mut api) = sockets(directory.path(), 0);
+    let mut host = listen(&socket);
+    // fio and its libraries take more than 128 MiB.
+    let monitor = linux.monitor_with_memory(if case.disk { "256M" } else { "128M" });
+    let monitor = script.on(monitor).arg("--disk").arg(&data).args(["--rng", "--balloon"]);
+    let monitor = monitor.args(["--cpus", &case.cpus.to_string(), "--vsock"]);
     let monitor = monitor.arg(format!("cid=42,socket={}", socket.display()));
     let mut running: Running = monitor.arg("--api-socket").arg(&api.path).start_quiet();
     running.expect_within("guest is ready", LINUX_PATIENCE);
+    if case.disk {
+        // From then on requests are in flight.
+        let blocks = || std::fs::metadata(&data).expect("an image").blocks();
+        until("fio writes nothing", &running, || blocks() > 0);
+    }
+    let mut connection = called(&host, &running);
 
-    let ask = |socket: &Path| {
-        let output = sh(socket, "cat /tmp/count; cut -d. -f1 /proc/uptime; date +%s; echo end of output");
-        let mut numbers = output.lines().map(number);
-        [(); 3].map(|()| numbers.next().unwrap_or_else(|| panic!("{output:?} is too short")))
-    };
     let mut before = ask(&socket);
-    for round in 1..=rounds {
+    for round in 1..=case.rounds {
+        let moment = u64::from(round.wrapping_mul(2_654_435_761) >> 22);
+        std::thread::sleep(Duration::from_millis(moment));
         // So that the disk is as it was when the state was taken, the VM must not go on.
         api.set_state("Paused");
         let paths = format!("{{\"snapshot_path\":\"{}\"}}", place.join("state").display());
         api.change("PUT", "/snapshot/create", &paths);
         drop(running);
-        (socket, api) = (path(&format!("vsock{round}")), Api::new(&path(&format!("api{round}"))));
+        (socket, api) = sockets(directory.path(), round);
+        host = listen(&socket);
         running = super::restore(&place)
             .arg("--vsock")
             .arg(&socket)
             .arg("--api-socket")
             .arg(&api.path)
             .start_quiet();
+        // The guest hears that its connection is gone, and makes another one.
+        connection = called(&host, &running);
         let now = ask(&socket);
         assert!(
             now.iter().zip(before).all(|(now, before)| *now >= before),
-            "round {round}: {before:?}, then {now:?}"
+            "round {round}: {before:?}, then {now:?}\n{}",
+            running.story()
         );
         before = now;
     }
+    drop(connection);
     // Everything still works, on all processors, and goes on.
-    let later = ask(&socket);
-    let counts = |all: &[u64; 3]| all[0];
-    let end = Instant::now() + LINUX_PATIENCE;
-    while counts(&ask(&socket)) == counts(&later) {
-        assert!(Instant::now() < end, "the process does not count any more");
-    }
-    if with_disk {
-        let wanted = number(&sh(&socket, "grep -c . /tmp/rounds; echo end of output")) + 1;
-        while number(&sh(&socket, "grep -c . /tmp/rounds; echo end of output")) < wanted {
-            assert!(Instant::now() < end + LINUX_PATIENCE, "the disk is not verified any more");
-            std::thread::sleep(Duration::from_millis(200));
-        }
+    let [count, ..] = ask(&socket);
+    until("the process does not count any more", &running, || ask(&socket)[0] > count);
+    if case.disk {
+        let done = || number(&sh(&socket, "grep -c . /tmp/rounds; echo end of output"));
+        let wrong = || sh(&socket, "cat /tmp/wrong; echo end of output");
+        let wanted = done() + 1;
+        until("the disk is not verified any more", &running, || done() >= wanted || !wrong().is_empty());
     }
     let output = sh(
         &socket,
-        "cat /tmp/wrong; nproc; dd if=/dev/hwrng bs=16 count=1 2>/dev/null | wc -c; \
+        "cat /tmp/wrong; nproc; dd if=/dev/hwrng bs=16 count=1 2>/dev/null | wc -c; md5sum -c -s /tmp/sum; echo $?; \
          dmesg | grep -iE 'i/o error|blocked for more|soft lockup|detected stalls|kernel BUG'; echo end of output",
     );
-    assert_eq!(output.lines().collect::<Vec<_>>(), [cpus.to_string().as_str(), "16"], "{}", running.story());
+    let cpus = case.cpus.to_string();
+    assert_eq!(output.lines().collect::<Vec<_>>(), [cpus.as_str(), "16", "0"], "{}", running.story());
 }
 
 #[test]
-#[ignore = "long, and not yet seen to pass in an emulated machine: scripts/test --long runs it"]
 fn linux_goes_on_with_its_disk_clocks_and_sockets() {
     if has_fast_kvm() {
-        rounds(1, 10, true);
+        rounds(&Case { cpus: 1, rounds: 6, disk: true });
     }
 }
 
 #[test]
-#[ignore = "long, and not yet seen to pass in an emulated machine: scripts/test --long runs it"]
 fn linux_with_two_processors_goes_on() {
     if has_fast_kvm() {
-        rounds(2, 5, true);
+        rounds(&Case { cpus: 2, rounds: 4, disk: true });
     }
 }
 
 #[test]
-#[ignore = "long, and not yet seen to pass in an emulated machine: scripts/test --long runs it"]
 fn linux_with_four_processors_goes_on() {
     if has_fast_kvm() {
-        rounds(4, 5, true);
+        rounds(&Case { cpus: 4, rounds: 4, disk: true });
     }
 }
 
@@ -163,7 +184,23 @@ fn linux_with_four_processors_goes_on() {
 #[ignore = "long: 100 rounds under load, needs KVM at full speed"]
 fn linux_goes_on_a_hundred_times() {
     if has_fast_kvm() {
-        rounds(2, 100, true);
+        rounds(&Case { cpus: 1, rounds: 100, disk: true });
+    }
+}
+
+#[test]
+#[ignore = "long: 100 rounds under load, needs KVM at full speed"]
+fn linux_with_two_processors_goes_on_a_hundred_times() {
+    if has_fast_kvm() {
+        rounds(&Case { cpus: 2, rounds: 100, disk: true });
+    }
+}
+
+#[test]
+#[ignore = "long: 100 rounds under load, needs KVM at full speed"]
+fn linux_with_four_processors_goes_on_a_hundred_times() {
+    if has_fast_kvm() {
+        rounds(&Case { cpus: 4, rounds: 100, disk: true });
     }
 }
 
@@ -171,6 +208,6 @@ fn linux_goes_on_a_hundred_times() {
 #[test]
 fn linux_goes_on_where_its_kernel_is_emulated() {
     if kvm_kind() == Some(Kind::Pvm) {
-        rounds(1, 1, false);
+        rounds(&Case { cpus: 1, rounds: 1, disk: false });
     }
 }
