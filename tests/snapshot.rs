@@ -277,7 +277,7 @@ fn snapshots_that_are_not_whole_are_refused() {
 }
 
 #[test]
-fn shared_folders_cannot_be_saved() {
+fn shared_folders_are_named_anew_at_restore() {
     if !has_kvm() {
         return;
     }
@@ -285,11 +285,15 @@ fn shared_folders_cannot_be_saved() {
     let share = format!("tag=t,path={}", directory.path().display());
     let mut first = Saved::start(&["--share", &share]);
     let place = first.guest.path("snapshot");
-    let saved = Monitor::new().arg("snapshot").arg(&first.api.path).arg(&place).run();
-    saved.fails_with(&["shared folders", "cannot be saved"]);
-    assert!(!place.exists(), "something was written");
+    snapshot(&first.api.path, &place);
     first.running.send("q");
     first.running.wait(PATIENCE).exits(1);
+    restore(&place).run().fails_with(&["shared folder", "\"t\"", "name the folder"]);
+    restore(&place).args(["--share", "other=/etc"]).run().fails_with(&["no shared folder \"other\"", "t"]);
+    let named = format!("t={}", directory.path().display());
+    let mut running = restore(&place).args(["--share", &named]).start_with_input();
+    running.send("q");
+    running.wait(PATIENCE).exits(1);
 }
 
 /// Every thread of a process has a filter and no privileges.

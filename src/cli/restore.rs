@@ -17,7 +17,7 @@ use crate::sandbox::jail::Jail;
 use crate::sandbox::keeper::Side;
 use crate::vm::config::{SerialConfig, Size, VmConfig};
 use crate::vm::control::Load;
-use crate::vm::snapshot::{DiskOverride, NetOverride, Overrides, Place, Snapshot};
+use crate::vm::snapshot::{DiskOverride, NetOverride, Overrides, Place, ShareOverride, Snapshot};
 use crate::vm::{self, Timeline, Vm};
 
 /// Lets a VM go on that `rvmm snapshot` saved.
@@ -36,6 +36,9 @@ pub struct RestoreArguments {
     /// ID=TAP[,netns=PATH][,bridge=NAME]
     #[arg(long, value_name = "ID=TAP[,…]")]
     net: Vec<NetOverride>,
+    /// The folder that is shared under a tag, for each that the VM had; may be repeated
+    #[arg(long, value_name = "TAG=PATH")]
+    share: Vec<ShareOverride>,
     /// Another path for the socket of the vsock device
     #[arg(long, value_name = "PATH")]
     vsock: Option<PathBuf>,
@@ -81,6 +84,7 @@ impl RestoreArguments {
         Overrides {
             disks: self.disk.clone(),
             nets: self.net.clone(),
+            shares: self.share.clone(),
             vsock: self.vsock.clone(),
             serial: self.serial.clone(),
             console: self.console.clone(),
@@ -103,6 +107,18 @@ impl FromStr for DiskOverride {
             Some(list) => DiskOverride { id, parts_file: Some(list.into()), ..DiskOverride::default() },
             None => DiskOverride { id, path: place.into(), ..DiskOverride::default() },
         })
+    }
+}
+
+impl FromStr for ShareOverride {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<ShareOverride, String> {
+        let (tag, path) = text
+            .split_once('=')
+            .filter(|(tag, path)| !tag.is_empty() && !path.is_empty())
+            .ok_or_else(|| format!("{text:?}: a shared folder is TAG=PATH"))?;
+        Ok(ShareOverride { tag: tag.to_owned(), path: path.into() })
     }
 }
 
@@ -261,6 +277,11 @@ mod tests {
         let net: NetOverride = "net0=tap3,netns=/run/netns/a,bridge=br0".parse().unwrap();
         assert_eq!((net.id.as_str(), net.tap.as_str()), ("net0", "tap3"));
         assert_eq!((net.netns, net.bridge.as_deref()), (Some("/run/netns/a".into()), Some("br0")));
+        let share: ShareOverride = "files=/a=b".parse().unwrap();
+        assert_eq!((share.tag.as_str(), share.path), ("files", PathBuf::from("/a=b")));
+        for text in ["", "x", "=x", "x="] {
+            assert!(text.parse::<ShareOverride>().is_err(), "{text}");
+        }
         for text in ["", "x", "=x", "x=", "a=parts="] {
             assert!(text.parse::<DiskOverride>().is_err(), "{text}");
         }

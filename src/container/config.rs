@@ -18,6 +18,19 @@ pub enum Isolation {
     Microvm,
 }
 
+/// Whether a microVM goes on from a template, a snapshot of a booted guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TemplateUse {
+    /// If one can be had; otherwise the guest boots, and the log says why.
+    #[default]
+    Auto,
+    /// The guest boots in any case.
+    Never,
+    /// From a template, or not at all.
+    Require,
+}
+
 /// A container as it was asked for. Nothing here is opened, looked up or resolved, but the image.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -66,6 +79,9 @@ pub struct ContainerConfig {
     pub labels: BTreeMap<String, String>,
     /// Secrets: mounted under `/run/secrets`, never shown.
     pub secrets: Vec<Secret>,
+    /// How its microVM starts.
+    #[serde(default)]
+    pub template: TemplateUse,
 }
 
 /// What is run. Image and user have been merged already.

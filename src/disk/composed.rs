@@ -159,7 +159,7 @@ pub fn open_parts(parts: &[Part], options: &Options) -> Result<Image, Error> {
     let first = layout.push(table(0, front_len));
     let mut placed = first.is_some();
     for (part, file) in parts.iter().zip(1u32..) {
-        let opened = open_locked(&part.path, true)?;
+        let opened = open_locked(&part.path, true, false)?;
         let start = layout.end();
         let len = opened.size_bytes;
         let padding = len.wrapping_neg() % ALIGN_BYTES;

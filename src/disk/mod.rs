@@ -41,6 +41,8 @@ pub struct Options {
     pub cache: Cache,
     /// How the host is asked to do the work.
     pub io: Io,
+    /// The image may be empty: a disk that gets its contents later.
+    pub may_be_empty: bool,
 }
 
 /// What a flush by the guest means.
@@ -178,7 +180,8 @@ impl Image {
     /// Takes the size of the image, which is at `path`, anew. That of a composed image stays.
     pub fn measure_again(&self, path: &Path) -> Result<(), Error> {
         if let Some(file) = self.single() {
-            let size_bytes = measure(file, matches!(self.target, Target::BlockDevice), path)?;
+            let block_device = matches!(self.target, Target::BlockDevice);
+            let size_bytes = measure(file, block_device, self.options.may_be_empty, path)?;
             self.size_bytes.store(whole_sectors(size_bytes, path)?, Ordering::Release);
         }
         Ok(())
@@ -211,7 +214,7 @@ impl Drop for Image {
 
 /// Opens and locks the image at `path`: for this process alone, or together with other readers if it is read-only.
 pub fn open(path: &Path, options: &Options) -> Result<Image, Error> {
-    let opened = open_locked(path, options.read_only)?;
+    let opened = open_locked(path, options.read_only, options.may_be_empty)?;
     let size_bytes = whole_sectors(opened.size_bytes, path)?.into();
     let target = if opened.block_device { Target::BlockDevice } else { Target::File };
     Ok(Image { files: vec![opened.file], target, size_bytes, options: *options })
@@ -220,14 +223,14 @@ pub fn open(path: &Path, options: &Options) -> Result<Image, Error> {
 /// Opens and locks the file of an image for another process, which takes it with [`adopt`]. Who drops the file without
 /// handing it over gives the lock up.
 pub fn open_for_another(path: &Path, read_only: bool) -> Result<File, Error> {
-    Ok(open_locked(path, read_only)?.file)
+    Ok(open_locked(path, read_only, false)?.file)
 }
 
 /// Takes over the file of the image at `path`, which another process has opened and locked.
 pub fn adopt(file: File, path: &Path, options: &Options) -> Result<Image, Error> {
     let host = |source| Error::Host { what: "look at", path: path.to_path_buf(), source };
     let block_device = file.metadata().map_err(host)?.file_type().is_block_device();
-    let size_bytes = whole_sectors(measure(&file, block_device, path)?, path)?.into();
+    let size_bytes = whole_sectors(measure(&file, block_device, options.may_be_empty, path)?, path)?.into();
     let target = if block_device { Target::BlockDevice } else { Target::File };
     Ok(Image { files: vec![file], target, size_bytes, options: *options })
 }
@@ -239,7 +242,7 @@ struct Opened {
     block_device: bool,
 }
 
-fn open_locked(path: &Path, read_only: bool) -> Result<Opened, Error> {
+fn open_locked(path: &Path, read_only: bool, may_be_empty: bool) -> Result<Opened, Error> {
     let owned = || path.to_path_buf();
     let host = |what| move |source| Error::Host { what, path: path.to_path_buf(), source };
 
@@ -257,19 +260,22 @@ fn open_locked(path: &Path, read_only: bool) -> Result<Opened, Error> {
         .map_err(host("lock"))?
         .map_err(|lock::Held(holder)| Error::Locked { path: owned(), holder })?;
     let block_device = kind.is_block_device();
-    let size_bytes = measure(&file, block_device, path)?;
+    let size_bytes = measure(&file, block_device, may_be_empty, path)?;
     Ok(Opened { file, size_bytes, block_device })
 }
 
-/// The size of an image's file, which must not be empty.
-fn measure(file: &File, block_device: bool, path: &Path) -> Result<u64, Error> {
+/// The size of an image's file.
+fn measure(file: &File, block_device: bool, may_be_empty: bool, path: &Path) -> Result<u64, Error> {
     let host = |what| move |source| Error::Host { what, path: path.to_path_buf(), source };
     let size_bytes = if block_device {
         sync::block_device_size(file.as_raw_fd()).map_err(host("find the size of"))?
     } else {
         file.metadata().map_err(host("look at"))?.len()
     };
-    if size_bytes == 0 { Err(Error::Empty { path: path.to_path_buf() }) } else { Ok(size_bytes) }
+    match size_bytes {
+        0 if !may_be_empty => Err(Error::Empty { path: path.to_path_buf() }),
+        size_bytes => Ok(size_bytes),
+    }
 }
 
 fn whole_sectors(size_bytes: u64, path: &Path) -> Result<u64, Error> {

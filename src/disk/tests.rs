@@ -11,7 +11,8 @@ fn file(dir: &tempfile::TempDir, name: &str, size_bytes: u64) -> PathBuf {
     path
 }
 
-const READ_ONLY: Options = Options { read_only: true, cache: Cache::Writeback, io: Io::Auto };
+const READ_ONLY: Options =
+    Options { read_only: true, cache: Cache::Writeback, io: Io::Auto, may_be_empty: false };
 
 /// The message, which must be one line that names the image.
 fn refusal(path: &Path, options: &Options) -> String {

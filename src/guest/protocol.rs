@@ -14,7 +14,7 @@ use super::spec::{ContainerSpec, Limits, ProcessSpec, WindowSize};
 /// The agent's vsock port.
 pub const PORT: u32 = 1024;
 /// Version of the messages. Another one is refused at [`Request::Hello`], whose form stays.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Containers of a sandbox at most.
 pub const CONTAINERS_MAX: usize = 256;
 /// Processes beside the first that a container's records hold at most.
@@ -178,6 +178,9 @@ pub enum Request {
         /// The stream, which the host has to open.
         stream: u64,
     },
+    /// Looks at all that will not change, before the VM is saved: what is known then need not be asked for in each VM that goes on
+    /// from there. [`Reply::Done`].
+    Settle,
 }
 
 /// To whom a signal goes.
@@ -256,7 +259,7 @@ pub struct Configuration {
     pub hostname: Option<String>,
     /// Nanoseconds since 1970.
     pub clock_ns: Option<u64>,
-    /// Random bytes for the kernel's pool.
+    /// Random bytes for the kernel's pool. All that it gives afterwards comes from them, too.
     #[serde(with = "bytes")]
     pub entropy: Vec<u8>,
     /// Network devices. Others stay as they are, but the loopback device, which is brought up.
@@ -270,8 +273,10 @@ pub struct Configuration {
 /// A network device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Interface {
-    /// Its hardware address, by which it is found.
+    /// Its hardware address.
     pub mac: [u8; 6],
+    /// The hardware address by which it is found, if it is to get another one; `None` for `mac`.
+    pub found_by: Option<[u8; 6]>,
     /// The name that it gets.
     pub name: String,
     /// Bytes of a packet at most.

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::balloon::BalloonState;
 use super::block::BlockState;
 use super::console::ConsoleState;
+use super::fs::FsState;
 use super::mmio::Registers;
 use super::net::NetState;
 use super::vsock::VsockState;
@@ -24,6 +25,8 @@ pub enum DeviceState {
     Balloon(BalloonState),
     /// A console.
     Console(ConsoleState),
+    /// A file system device that its guest has not mounted.
+    Fs(FsState),
 }
 
 /// How far a queue has come.
@@ -68,7 +71,7 @@ pub enum SaveError {
 
 fn kind(id: u32) -> String {
     match id {
-        super::spec::fs::ID => "shared folders (virtio-fs)".to_owned(),
+        super::spec::fs::ID => "shared folders (virtio-fs) that were mounted".to_owned(),
         id => format!("virtio devices of kind {id}"),
     }
 }

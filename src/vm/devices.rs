@@ -150,7 +150,8 @@ fn balloon_options(balloon: &config::Balloon) -> BalloonOptions {
 }
 
 fn open_disk(config: &VmConfig, index: usize, disk: &config::Disk) -> Result<Block, Error> {
-    let options = disk::Options { read_only: disk.is_read_only(), cache: disk.cache, io: disk.io };
+    let (read_only, may_be_empty) = (disk.is_read_only(), disk.may_be_empty);
+    let options = disk::Options { read_only, may_be_empty, cache: disk.cache, io: disk.io };
     let image = open_image(disk, &options)?;
     let queues = disk.queues.unwrap_or(config.cpus.min(DEFAULT_DISK_QUEUES) as u16);
     let serial = VmConfig::disk_id(index, disk);

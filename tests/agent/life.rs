@@ -134,6 +134,7 @@ pub fn sandbox_is_configured(sandbox: &mut Sandbox) {
     assert_eq!(ended.output(), "sandbox\n2033\n1234\nup");
     let missing = Interface {
         mac: [2, 0, 0, 0, 0, 9],
+        found_by: None,
         name: "eth0".into(),
         mtu: None,
         addresses: vec![],
@@ -158,6 +159,7 @@ pub fn networks_are_set_up(sandbox: &mut Sandbox) {
     let interfaces = vec![
         Interface {
             mac: [2, 0, 0, 0, 0, 7],
+            found_by: None,
             name: "eth1".into(),
             mtu: Some(1400),
             addresses: vec![(address("10.77.0.2"), 24), (address("fd00:77::2"), 64)],
@@ -165,6 +167,7 @@ pub fn networks_are_set_up(sandbox: &mut Sandbox) {
         },
         Interface {
             mac: [2, 0, 0, 0, 0, 8],
+            found_by: None,
             name: "eth0".into(),
             mtu: None,
             addresses: vec![(address("10.78.0.2"), 16)],

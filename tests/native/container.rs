@@ -132,6 +132,7 @@ impl Plan {
             health: None,
             labels: BTreeMap::new(),
             secrets: vec![],
+            template: Default::default(),
         };
         let layers = layer().map(Path::to_owned).into_iter().collect();
         Plan {

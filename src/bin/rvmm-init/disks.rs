@@ -16,12 +16,20 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// After that it is told to look again.
 const REREAD_AFTER: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(5);
+/// The same for a disk that was empty: its driver hears of its contents within moments.
+const SHORT_PAUSE: Duration = Duration::from_micros(500);
 
 /// The disks that are known.
 #[derive(Default)]
 pub struct Disks {
     /// By serial number; a disk has one as long as it is there.
-    names: BTreeMap<String, String>,
+    known: BTreeMap<String, Disk>,
+}
+
+struct Disk {
+    name: String,
+    /// It had no size when it was last looked at: a place for a disk that the host puts in later.
+    is_empty: bool,
 }
 
 impl Disks {
@@ -33,7 +41,8 @@ impl Disks {
         let mut told = false;
         loop {
             let name = self.name(&volume.disk);
-            if let Some(name) = &name {
+            let waits = name.as_deref().is_some_and(|name| self.is_empty(&volume.disk, name));
+            if let Some(name) = name.as_ref().filter(|_| !waits) {
                 let path = Path::new("/dev").join(partition_name(name, volume.partition));
                 if path.exists() {
                     return Ok(path);
@@ -51,7 +60,7 @@ impl Disks {
                     let _ = reread_partitions(disk);
                 }
             }
-            sleep(PAUSE);
+            sleep(if waits { SHORT_PAUSE } else { PAUSE });
         }
     }
 
@@ -63,25 +72,45 @@ impl Disks {
         Ok(number.trim().to_owned())
     }
 
-    fn name(&mut self, serial: &str) -> Option<String> {
-        if !self.names.contains_key(serial) {
-            self.scan();
+    /// Whether a disk still has no contents. The kernel does not look for partitions in those that come later.
+    fn is_empty(&mut self, serial: &str, name: &str) -> bool {
+        let Some(disk) = self.known.get_mut(serial).filter(|disk| disk.is_empty) else { return false };
+        disk.is_empty = size_is_0(name);
+        if !disk.is_empty
+            && let Ok(file) = fs::File::open(Path::new("/dev").join(name))
+        {
+            // One without a table has none.
+            let _ = reread_partitions(file);
         }
-        self.names.get(serial).cloned()
+        disk.is_empty
     }
 
-    fn scan(&mut self) {
+    fn name(&mut self, serial: &str) -> Option<String> {
+        if !self.known.contains_key(serial) {
+            self.scan();
+        }
+        self.known.get(serial).map(|disk| disk.name.clone())
+    }
+
+    /// Looks at all disks that are not known yet.
+    pub fn scan(&mut self) {
         for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
             let Ok(name) = entry.file_name().into_string() else { continue };
-            if !name.starts_with("vd") || self.names.values().any(|known| *known == name) {
+            if !name.starts_with("vd") || self.known.values().any(|known| known.name == name) {
                 continue;
             }
             // Each look is a request to the disk.
             if let Ok(serial) = fs::read_to_string(entry.path().join("serial")) {
-                self.names.insert(serial.trim_end_matches(['\n', '\0']).to_owned(), name);
+                let is_empty = size_is_0(&name);
+                let serial = serial.trim_end_matches(['\n', '\0']).to_owned();
+                self.known.insert(serial, Disk { name, is_empty });
             }
         }
     }
+}
+
+fn size_is_0(name: &str) -> bool {
+    fs::read_to_string(format!("/sys/block/{name}/size")).is_ok_and(|sectors| sectors.trim() == "0")
 }
 
 /// As the kernel names partitions.

@@ -287,8 +287,9 @@ pub fn configure(interfaces: &[Interface]) -> Result<(), Failure> {
         {
             return Err(Failure::Invalid(format!("{:?} is no name of a network device", interface.name)));
         }
-        let link = links.iter().find(|link| link.mac == interface.mac);
-        found.push((interface, link.ok_or(Failure::NoInterface(interface.mac))?));
+        let mac = interface.found_by.unwrap_or(interface.mac);
+        let link = links.iter().find(|link| link.mac == mac);
+        found.push((interface, link.ok_or(Failure::NoInterface(mac))?));
     }
     // One that is up cannot be renamed, and one that is to have another's name has to wait until that has stepped aside.
     let mut aside = Batch::default();
@@ -303,6 +304,9 @@ pub fn configure(interfaces: &[Interface]) -> Result<(), Failure> {
         let mut batch = Batch::default();
         let name = Some(interface.name.as_str()).filter(|name| *name != link.name);
         batch.set_link(link.index, name, interface.mtu, true);
+        if link.mac != interface.mac {
+            batch.attribute(IFLA_ADDRESS, &interface.mac);
+        }
         for (address, prefix) in &interface.addresses {
             batch.add_address(link.index, *address, *prefix);
         }

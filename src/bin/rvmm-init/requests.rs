@@ -82,6 +82,10 @@ impl Agent {
             Request::ReadChanges { container, stream } => {
                 return self.ask(by, container, "/".into(), stream, Direction::Changes).map(|()| None);
             }
+            Request::Settle => {
+                self.disks.scan();
+                Ok(())
+            }
             Request::Sync => {
                 rustix::fs::sync();
                 Ok(())

@@ -17,17 +17,19 @@ const ENTROPY_BYTES_MAX: usize = 4096;
 
 /// Sets the sandbox up. What was not said stays as it is.
 pub fn configure(configuration: &Configuration) -> Result<(), Failure> {
+    if !configuration.entropy.is_empty() {
+        let bytes = configuration.entropy.get(..ENTROPY_BYTES_MAX).unwrap_or(&configuration.entropy);
+        let doing = || "add random bytes".to_owned();
+        let random = File::options().write(true).open("/dev/random").doing(doing)?;
+        system::add_entropy(&random, bytes).doing(doing)?;
+        // The kernel takes them into its generator in its own time otherwise, and two VMs of one snapshot have the same one.
+        system::reseed(&random).doing(doing)?;
+    }
     if let Some(name) = &configuration.hostname {
         rustix::system::sethostname(name.as_bytes()).doing(|| format!("set the host name {name:?}"))?;
     }
     if let Some(ns) = configuration.clock_ns {
         set_clock(ns)?;
-    }
-    if !configuration.entropy.is_empty() {
-        let bytes = configuration.entropy.get(..ENTROPY_BYTES_MAX).unwrap_or(&configuration.entropy);
-        let doing = || "add random bytes".to_owned();
-        let random = File::options().write(true).open("/dev/random").doing(doing)?;
-        system::add_entropy(random, bytes).doing(doing)?;
     }
     // Before networks are set up: some parameters are defaults for new devices and addresses.
     for (name, value) in &configuration.sysctls {

@@ -344,6 +344,14 @@ pub fn add_entropy(random: impl AsFd, bytes: &[u8]) -> Result<(), Errno> {
     checked(unsafe { libc::ioctl(random.as_fd().as_raw_fd(), RNDADDENTROPY, info.as_ptr()) }).map(drop)
 }
 
+/// Has the kernel's generator take in what is in its pool.
+pub fn reseed(random: impl AsFd) -> Result<(), Errno> {
+    /// `_IO('R', 0x07)`
+    const RNDRESEEDCRNG: u64 = 0x5207;
+    // SAFETY: no memory is involved.
+    checked(unsafe { libc::ioctl(random.as_fd().as_raw_fd(), RNDRESEEDCRNG) }).map(drop)
+}
+
 /// Has the kernel read a disk's partition table again.
 pub fn reread_partitions(disk: impl AsFd) -> Result<(), Errno> {
     /// `_IO(0x12, 95)`

@@ -103,6 +103,7 @@ pub fn configure(
         health: health(options, image.health.clone()),
         labels: labels.chain(own).collect(),
         secrets: options.secret.clone(),
+        template: options.template.into(),
     })
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::values::{Bytes, Cpus, DeviceRate, EnvVariable, HealthDuration, Pair};
-use crate::container::config::{Device, Isolation, Mount, Port, Restart, Rlimit, Secret};
+use crate::container::config::{Device, Isolation, Mount, Port, Restart, Rlimit, Secret, TemplateUse};
 
 /// The wall, as a flag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -21,6 +21,27 @@ impl From<IsolationFlag> for Isolation {
         match flag {
             IsolationFlag::Native => Isolation::Native,
             IsolationFlag::Microvm => Isolation::Microvm,
+        }
+    }
+}
+
+/// Whether a microVM goes on from a template, as a flag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TemplateFlag {
+    /// If one can be had; one that is not there yet is made
+    Auto,
+    /// No: the guest boots
+    Never,
+    /// In any case; if that cannot be, the container does not start
+    Require,
+}
+
+impl From<TemplateFlag> for TemplateUse {
+    fn from(flag: TemplateFlag) -> TemplateUse {
+        match flag {
+            TemplateFlag::Auto => TemplateUse::Auto,
+            TemplateFlag::Never => TemplateUse::Never,
+            TemplateFlag::Require => TemplateUse::Require,
         }
     }
 }
@@ -49,6 +70,15 @@ pub struct ContainerOptions {
         help_heading = "Isolation"
     )]
     pub isolation: IsolationFlag,
+    /// Start a microVM from a snapshot of a booted guest
+    #[arg(
+        long,
+        value_name = "WHEN",
+        default_value = "auto",
+        env = "RVMM_TEMPLATE",
+        help_heading = "Isolation"
+    )]
+    pub template: TemplateFlag,
     /// Give all capabilities and devices, and mask nothing
     #[arg(long, help_heading = "Isolation")]
     pub privileged: bool,

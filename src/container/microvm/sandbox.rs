@@ -346,6 +346,7 @@ fn interface((interface, _): &(Interface, TapPlug)) -> Result<protocol::Interfac
     };
     Ok(protocol::Interface {
         mac,
+        found_by: None,
         name: interface.name.clone(),
         mtu: Some(u32::from(interface.mtu)),
         addresses: interface.addresses.iter().map(|net| (net.addr(), net.prefix_len())).collect(),

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::*;
 use crate::container::config::{
     Isolation, Limits, Mount, MountSource, Network, NetworkJoin, Process, Restart, Seccomp, Secret, Security,
+    TemplateUse,
 };
 
 fn config() -> ContainerConfig {
@@ -38,6 +39,7 @@ fn config() -> ContainerConfig {
         health: None,
         labels: BTreeMap::new(),
         secrets: vec![],
+        template: TemplateUse::default(),
     }
 }
 

@@ -36,6 +36,11 @@ impl Client {
         self.done(Request::SetClock(ns))
     }
 
+    /// Gets ready to be saved.
+    pub fn settle(&mut self) -> Result<(), Error> {
+        self.done(Request::Settle)
+    }
+
     /// Mounts the sandbox's shared folder, which has this tag. Once is enough; again is no error.
     pub fn mount_share(&mut self, tag: &str) -> Result<(), Error> {
         self.done(Request::MountShare { tag: tag.into() })

@@ -10,12 +10,14 @@ use std::io;
 use std::os::unix::net::UnixStream;
 
 use event_manager::EventSet;
+use serde::{Deserialize, Serialize};
 
 use self::link::{Error, Link, Piece, ReplyHeader};
 use super::Chain;
 use super::chain::TooShort;
 use super::device::{Activation, Completion, Completions, Device, Handled, Source};
 use super::spec::fs::{ID, TAG_BYTES};
+use super::state::{DeviceState, RestoreError};
 use crate::fuse::{self, opcode};
 use crate::memory::Ram;
 use crate::sandbox;
@@ -34,6 +36,13 @@ pub struct FsOptions {
     pub queues: u16,
 }
 
+/// What a snapshot keeps of a file system device. Which files a guest has open is the server's to know, so there is none of one
+/// that was mounted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FsState {
+    tag: String,
+}
+
 /// A file system device with a file server behind it.
 pub struct Fs {
     tag: [u8; TAG_BYTES],
@@ -47,6 +56,8 @@ pub struct Fs {
     readable: bool,
     /// While the driver is ready.
     active: Option<Activation>,
+    /// The server has been asked for something, and may remember it.
+    asked: bool,
 }
 
 /// A request that the server has.
@@ -149,6 +160,7 @@ impl Fs {
             current: None,
             readable: true,
             active: None,
+            asked: false,
         }
     }
 
@@ -186,6 +198,7 @@ impl Fs {
         if opcode == opcode::INTERRUPT {
             return Handled::Done(chain, 0);
         }
+        self.asked = true;
         let forgotten = fuse::has_no_reply(opcode);
         let (index, number) = if forgotten { (0, NOBODY) } else { self.pending.reserve() };
         let added = link.add(len as usize, |bytes| {
@@ -367,6 +380,19 @@ impl Device for Fs {
                 return self.give_up(&error, done);
             }
             self.readable = true;
+        }
+    }
+
+    fn save(&self) -> Option<DeviceState> {
+        let tag = self.tag.split(|byte| *byte == 0).next().unwrap_or_default();
+        let state = || FsState { tag: String::from_utf8_lossy(tag).into_owned() };
+        (!self.asked).then(|| DeviceState::Fs(state()))
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), RestoreError> {
+        match (self.save(), state) {
+            (Some(own), saved) if own == saved => Ok(()),
+            _ => Err(RestoreError::Nonsense(ID)),
         }
     }
 

@@ -29,6 +29,9 @@ pub struct Disk {
     /// Whether the guest may only read, as it always may of a composed disk.
     #[serde(default)]
     pub readonly: bool,
+    /// Whether the image may be empty: a place for another one, which a restore names or a client of the control socket.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub may_be_empty: bool,
     /// The serial number that the guest sees; `None` for `diskN`.
     #[serde(default)]
     pub id: Option<String>,
@@ -54,6 +57,7 @@ impl Disk {
             parts: Vec::new(),
             parts_file: None,
             readonly: false,
+            may_be_empty: false,
             id: None,
             queues: None,
             io: Io::default(),

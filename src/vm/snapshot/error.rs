@@ -120,6 +120,9 @@ pub enum LoadError {
         /// What there is.
         has: String,
     },
+    /// What is to be shared was not said.
+    #[error("the VM had a shared folder with the tag {0:?}: name the folder in the restore")]
+    Share(String),
     /// A disk is not the one that it was.
     #[error(
         "disk {id:?} had {saved} bytes when the snapshot was made, and its image {path:?} has {found}; \

@@ -33,6 +33,8 @@ pub struct Overrides {
     pub disks: Vec<DiskOverride>,
     /// Taps.
     pub nets: Vec<NetOverride>,
+    /// Folders that are shared. Each that the VM had must be here: a snapshot does not choose what of its host a guest sees.
+    pub shares: Vec<ShareOverride>,
     /// The socket of the vsock device.
     pub vsock: Option<PathBuf>,
     /// Where the serial port leads.
@@ -52,6 +54,9 @@ impl Overrides {
         let more = other.nets.iter().filter(|net| self.nets.iter().all(|own| own.id != net.id)).cloned();
         let nets: Vec<_> = more.collect();
         self.nets.extend(nets);
+        let more = other.shares.iter().filter(|share| self.shares.iter().all(|own| own.tag != share.tag));
+        let shares: Vec<_> = more.cloned().collect();
+        self.shares.extend(shares);
         Overrides {
             vsock: self.vsock.or_else(|| other.vsock.clone()),
             serial: self.serial.or_else(|| other.serial.clone()),
@@ -86,6 +91,15 @@ pub struct NetOverride {
     pub netns: Option<PathBuf>,
     /// A bridge that it joins.
     pub bridge: Option<String>,
+}
+
+/// The folder that is shared under a tag.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ShareOverride {
+    /// What the guest calls it.
+    pub tag: String,
+    /// The folder.
+    pub path: PathBuf,
 }
 
 /// A snapshot that was read and is whole. Nothing of it runs yet.
@@ -141,6 +155,7 @@ impl Snapshot {
                 has: list(&ids),
             })?;
             disk.set_path(wanted.path.clone());
+            disk.may_be_empty = false;
             (disk.parts, disk.parts_file) = (wanted.parts.clone(), wanted.parts_file.clone());
             // Its own id may have come from its place, and stays.
             self.replaced.push(wanted.id.clone());
@@ -158,6 +173,7 @@ impl Snapshot {
             net.tap = wanted.tap.clone();
             (net.netns, net.bridge) = (wanted.netns.clone(), wanted.bridge.clone());
         }
+        self.replace_shares(&overrides.shares)?;
         if let Some(socket) = &overrides.vsock {
             let none = || LoadError::NoSuchDevice { what: "device", id: "vsock".into(), has: "none".into() };
             self.config.vsock.as_mut().ok_or_else(none)?.socket = socket.clone();
@@ -180,6 +196,19 @@ impl Snapshot {
                 });
             }
             self.config.console = console.clone();
+        }
+        Ok(())
+    }
+
+    fn replace_shares(&mut self, wanted: &[ShareOverride]) -> Result<(), LoadError> {
+        let tags: Vec<_> = self.config.shares.iter().map(|share| share.tag.clone()).collect();
+        if let Some(unknown) = wanted.iter().find(|wanted| !tags.contains(&wanted.tag)) {
+            let has = if tags.is_empty() { "none".to_owned() } else { tags.join(", ") };
+            return Err(LoadError::NoSuchDevice { what: "shared folder", id: unknown.tag.clone(), has });
+        }
+        for share in &mut self.config.shares {
+            let named = wanted.iter().find(|wanted| wanted.tag == share.tag);
+            share.path = named.ok_or_else(|| LoadError::Share(share.tag.clone()))?.path.clone();
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ mod state;
 
 pub use error::{CreateError, FormatError, LoadError};
 pub use format::{FORMAT_VERSION, decode, decode_body};
-pub use load::{DiskOverride, NetOverride, Overrides, Snapshot};
+pub use load::{DiskOverride, NetOverride, Overrides, ShareOverride, Snapshot};
 pub use state::MachineState;
 
 pub use crate::snapshot_files::Place;
