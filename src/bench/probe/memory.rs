@@ -153,7 +153,7 @@ fn taken(processes: &[Process]) -> Result<Taken, Error> {
 }
 
 /// Proportional memory of some processes together, in bytes.
-pub(super) fn total(processes: &[Process]) -> Result<f64, Error> {
+pub fn total(processes: &[Process]) -> Result<f64, Error> {
     let taken = taken(processes)?;
     Ok(taken.monitor + taken.guest + taken.workload)
 }
@@ -202,7 +202,7 @@ fn mapping(line: &str) -> Option<(u64, u64, &str, &str)> {
 }
 
 /// What the control groups of an instance count for it, without file pages that nobody has used lately, as `docker stats` has it.
-fn control_groups(processes: &[Process]) -> Result<f64, String> {
+pub fn control_groups(processes: &[Process]) -> Result<f64, String> {
     let own = memory_group(std::process::id());
     let mut groups: Vec<String> = vec![];
     for process in processes.iter().filter(|process| process.role != Role::Runtime) {
@@ -250,7 +250,7 @@ fn memory_group(pid: u32) -> Option<String> {
 }
 
 /// Processor time that processes have used, in ticks.
-pub(super) fn busy_ticks(processes: &[Process]) -> f64 {
+pub fn busy_ticks(processes: &[Process]) -> f64 {
     let ticks = |process: &Process| -> Option<(u32, f64)> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", process.pid)).ok()?;
         let mut fields = stat.rsplit(')').next()?.split_whitespace().skip(11);
@@ -260,7 +260,8 @@ pub(super) fn busy_ticks(processes: &[Process]) -> f64 {
     processes.iter().filter_map(ticks).collect::<HashMap<_, _>>().values().sum()
 }
 
-pub(super) fn ticks_per_second() -> f64 {
+/// Of these, how many there are in a second.
+pub fn ticks_per_second() -> f64 {
     rustix::param::clock_ticks_per_second() as f64
 }
 
