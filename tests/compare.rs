@@ -1,5 +1,8 @@
 //! `rvmm compare`: whole runs with their folders, runs that are ended in the middle, and figures held against others' tools.
 
+#[path = "compare/sanity.rs"]
+mod sanity;
+
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -8,8 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use rvmm::bench::process::RUN_VARIABLE;
-use rvmm::bench::stats::median;
-use rvmm::bench::{Results, Verdict, results, summarise};
+use rvmm::bench::{Results, Verdict, summarise};
 use serde_json::Value;
 
 use crate::container::home::{Home, IMAGE, Wall, can_run};
@@ -252,80 +254,4 @@ fn run_differs_from_itself_in_nothing() {
         .filter(|found| !matches!(found.verdict, Verdict::NoDifference | Verdict::TooFew))
         .collect();
     assert!(wrong.is_empty(), "{wrong:?}");
-}
-
-/// Memory that the helper takes on purpose shows up, natively: within 5 % of what it took.
-#[test]
-fn memory_taken_on_purpose_is_found() {
-    const BYTES: u64 = 32 << 20;
-    let Some(rig) = Rig::new() else { return };
-    let bytes = BYTES.to_string();
-    let workload = |out: &str, more: &[&str]| {
-        let mut arguments = vec!["--with", "process,rvmm-native", "--runs", "3", "--probe", "memory"];
-        arguments.extend(more);
-        let summary = summarise(&rig.run(out, &arguments));
-        ["process", "rvmm-native"]
-            .map(|name| summary.series("memory", "workload", name).unwrap().quantiles.median)
-    };
-    let without = workload("without", &[]);
-    let with = workload("with", &["--memory-on-purpose", &bytes]);
-    for (with, without) in with.into_iter().zip(without) {
-        let found = with - without;
-        assert!((found / BYTES as f64 - 1.0).abs() < 0.05, "{found} of {BYTES} bytes were found");
-    }
-}
-
-/// The same commands under hyperfine and under `rvmm compare`, side by side: the ratio of two executors' times must agree.
-#[test]
-#[ignore = "takes a minute and a quiet host; run by scripts/test --long"]
-fn hyperfine_agrees_about_start_times() {
-    let Some(rig) = Rig::new() else { return };
-    if !support::has_tool("hyperfine") {
-        return;
-    }
-    let arguments = ["--with", "process,rvmm-native", "--runs", "60", "--probe", "start"];
-    let results = rig.run("ours", &arguments);
-    let values = |metric: &str| -> Vec<f64> {
-        let of = |sample: &&results::Sample| sample.metric == metric && sample.executor == "rvmm-native";
-        results.samples.iter().filter(of).filter_map(results::Sample::number).collect()
-    };
-    let ours = median(&values("whole"));
-    let binary = support::binary();
-    let line = format!("{} run --rm -i --network none {IMAGE} true", binary.display());
-    let file = rig.home.path("hyperfine.json");
-    let status = Command::new("hyperfine")
-        .args(["--shell=none", "--warmup", "3", "--runs", "60", "--export-json"])
-        .arg(&file)
-        .arg(&line)
-        .env("RVMM_ROOT", rig.home.path("data"))
-        .env("RVMM_RUN_ROOT", rig.home.path("run"))
-        .stdout(Stdio::null())
-        .status()
-        .unwrap();
-    assert!(status.success());
-    let found: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
-    let theirs = found["results"][0]["median"].as_f64().unwrap();
-    let ratio = ours / theirs;
-    assert!((ratio - 1.0).abs() < 0.05, "rvmm compare says {ours} s, hyperfine {theirs} s");
-}
-
-/// Two names for the same thing, measured as two: on a real host, with its real noise.
-#[test]
-#[ignore = "takes minutes and a quiet host; run by scripts/test --long"]
-fn same_executor_twice_shows_no_difference() {
-    let Some(rig) = Rig::new() else { return };
-    let mut wrong = 0;
-    for run in 0..20 {
-        let one = rig.run(&format!("a{run}"), &["--with", "process", "--runs", "30", "--probe", "syscall"]);
-        // The rounds of one run are dealt to two executors in turn.
-        let mut results = one;
-        for sample in &mut results.samples {
-            sample.executor = if sample.round % 2 == 0 { "a".into() } else { "b".into() };
-        }
-        let summary = summarise(&results);
-        let found = summary.comparison("syscall", "getppid", "a", "b").unwrap();
-        wrong += u32::from(found.verdict != Verdict::NoDifference);
-    }
-    let allowed = rvmm::bench::testing::allowed_misses(20, 0.05, 0.001);
-    assert!(wrong <= allowed, "{wrong} of 20 differed, allowed are {allowed}");
 }

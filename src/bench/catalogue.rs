@@ -35,6 +35,14 @@ pub const PROBES: &[ProbeInfo] = &[
     },
     ProbeInfo { name: "timeline", title: "Where a microVM's start goes", metrics: &[] },
     ProbeInfo {
+        name: "exits",
+        title: "How often a guest leaves to its monitor",
+        metrics: &[
+            MetricInfo("boot", "exits of a boot of a small guest", Count, Lower, false),
+            MetricInfo("idle", "exits of a resting guest", PerSecond, Lower, false),
+        ],
+    },
+    ProbeInfo {
         name: "memory",
         title: "Memory of one more idle instance",
         metrics: &[
@@ -42,6 +50,7 @@ pub const PROBES: &[ProbeInfo] = &[
             MetricInfo("monitor", "of it the runtime's and the monitor's", Bytes, Lower, false),
             MetricInfo("guest", "of it the guest's memory", Bytes, Lower, false),
             MetricInfo("workload", "of it the workload's own", Bytes, Lower, false),
+            MetricInfo("cgroup", "what its control group counts", Bytes, Lower, false),
             MetricInfo("system", "difference of the host's available memory", Bytes, Lower, false),
             MetricInfo("page_cache", "difference of the host's page cache", Bytes, Lower, false),
             MetricInfo("idle_cpu", "processors that it takes while idle", Share, Lower, false),
@@ -182,7 +191,13 @@ pub const PROBES: &[ProbeInfo] = &[
                 true,
             ),
             MetricInfo("syscalls_used", "different system calls that the host saw", Count, Lower, true),
-            MetricInfo("monitor_syscalls", "system calls that its monitor may make", Count, Lower, true),
+            MetricInfo(
+                "monitor_syscalls",
+                "system calls that its monitor's filters allow",
+                Count,
+                Lower,
+                true,
+            ),
             MetricInfo("symbols", "kernel symbols with addresses to be seen", Count, Lower, true),
             MetricInfo("modules", "kernel modules to be seen", Count, Lower, true),
             MetricInfo("devices", "device files to be opened", Count, Lower, true),
@@ -208,6 +223,14 @@ pub const PROBES: &[ProbeInfo] = &[
             MetricInfo("escape_processes", "make more processes than its limit", Text, Better::None, true),
             MetricInfo("escape_disk", "fill the disk", Text, Better::None, true),
             MetricInfo("crash", "what a crash of its kernel takes with it", Text, Better::None, true),
+        ],
+    },
+    ProbeInfo {
+        name: "neighbour",
+        title: "Work beside a neighbour that takes all it may",
+        metrics: &[
+            MetricInfo("integer", "integer work, times longer than alone", Count, Lower, false),
+            MetricInfo("random", "memory read at random, times longer than alone", Count, Lower, false),
         ],
     },
     ProbeInfo {

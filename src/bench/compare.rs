@@ -259,6 +259,7 @@ fn executors(request: &Request, host: &Host, directory: &Path) -> Vec<Box<dyn Ex
         engine(EngineKind::Docker),
         engine(EngineKind::Podman),
         engine(EngineKind::RvmmMicrovm),
+        engine(EngineKind::RvmmRestored),
         vm(VmKind::QemuMicrovm),
         vm(VmKind::FullRvmm),
         vm(VmKind::FullQemu),
@@ -324,7 +325,6 @@ fn try_once(context: &Context, executor: &mut dyn Executor) -> Result<(), probe:
 /// Why an executor of the catalogue is none of this version's.
 fn absent(name: &str) -> &'static str {
     match name {
-        "rvmm-restored" => "this version of rvmm does not restore microVMs",
         "firecracker" if super::executor::find("firecracker").is_some() => {
             "this version does not drive Firecracker, which is on this host"
         }

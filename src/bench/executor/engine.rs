@@ -16,8 +16,10 @@ use crate::bench::results::Isolation;
 pub enum Kind {
     /// rvmm on the host's kernel.
     RvmmNative,
-    /// rvmm with a virtual machine for each container.
+    /// rvmm with a virtual machine for each container, which boots.
     RvmmMicrovm,
+    /// The same from a template: a snapshot of a guest that has booted.
+    RvmmRestored,
     /// Docker.
     Docker,
     /// Podman.
@@ -29,6 +31,8 @@ pub struct Engine {
     kind: Kind,
     program: PathBuf,
     image: String,
+    /// Whether this rvmm can start a microVM from a template, and so has to be told which way is meant.
+    templates: bool,
     /// Images that were loaded and were not there before.
     loaded: RefCell<Vec<String>>,
     /// Whether its runtime has to be kept from seeing that the host is a hybrid one.
@@ -39,7 +43,7 @@ impl Engine {
     /// `rvmm` is the program to be measured; the others are looked for.
     pub fn new(kind: Kind, rvmm: &std::path::Path, without_unified: bool) -> Engine {
         let program = match kind {
-            Kind::RvmmNative | Kind::RvmmMicrovm => rvmm.to_owned(),
+            Kind::RvmmNative | Kind::RvmmMicrovm | Kind::RvmmRestored => rvmm.to_owned(),
             Kind::Docker => find("docker").unwrap_or_else(|| "docker".into()),
             Kind::Podman => find("podman").unwrap_or_else(|| "podman".into()),
         };
@@ -47,6 +51,7 @@ impl Engine {
             kind,
             program,
             image: String::new(),
+            templates: false,
             loaded: RefCell::default(),
             without_unified: without_unified && kind == Kind::Podman,
         }
@@ -64,7 +69,7 @@ impl Engine {
     }
 
     fn is_rvmm(&self) -> bool {
-        matches!(self.kind, Kind::RvmmNative | Kind::RvmmMicrovm)
+        matches!(self.kind, Kind::RvmmNative | Kind::RvmmMicrovm | Kind::RvmmRestored)
     }
 
     /// `run` and its flags, up to the image and what it runs.
@@ -77,7 +82,15 @@ impl Engine {
         words.extend(["--name".to_owned(), job.name.clone()]);
         match self.kind {
             Kind::RvmmNative => words.extend(["--isolation", "native"].map(String::from)),
-            Kind::RvmmMicrovm => words.extend(["--isolation", "microvm"].map(String::from)),
+            Kind::RvmmMicrovm => {
+                words.extend(["--isolation", "microvm"].map(String::from));
+                if self.templates {
+                    words.extend(["--template", "never"].map(String::from));
+                }
+            }
+            Kind::RvmmRestored => {
+                words.extend(["--isolation", "microvm", "--template", "require"].map(String::from));
+            }
             // Its defaults ask for limits above those of this process, which needs a capability to grant.
             Kind::Podman => {
                 words.extend(
@@ -100,6 +113,12 @@ impl Engine {
         }
         if let Some(count) = job.processes {
             words.extend(["--pids-limit".to_owned(), count.to_string()]);
+        }
+        if let Some(cpus) = job.cpus {
+            words.extend(["--cpus".to_owned(), cpus.to_string()]);
+        }
+        if job.privileged {
+            words.push("--privileged".to_owned());
         }
         words.push(job.image.clone().unwrap_or_else(|| self.image.clone()));
         words.extend(job.argv.iter().cloned());
@@ -127,6 +146,7 @@ impl Executor for Engine {
         match self.kind {
             Kind::RvmmNative => "rvmm-native",
             Kind::RvmmMicrovm => "rvmm-microvm",
+            Kind::RvmmRestored => "rvmm-restored",
             Kind::Docker => "docker",
             Kind::Podman => "podman",
         }
@@ -134,7 +154,7 @@ impl Executor for Engine {
 
     fn isolation(&self) -> Isolation {
         match self.kind {
-            Kind::RvmmMicrovm => Isolation::Microvm,
+            Kind::RvmmMicrovm | Kind::RvmmRestored => Isolation::Microvm,
             _ => Isolation::Container,
         }
     }
@@ -144,10 +164,19 @@ impl Executor for Engine {
         if !super::is_program(&self.program) {
             return Err(missing());
         }
-        if self.kind == Kind::RvmmMicrovm && !std::path::Path::new("/dev/kvm").exists() {
+        if matches!(self.kind, Kind::RvmmMicrovm | Kind::RvmmRestored)
+            && !std::path::Path::new("/dev/kvm").exists()
+        {
             return Err("there is no /dev/kvm on this host".into());
         }
         let patience = Duration::from_secs(30);
+        if matches!(self.kind, Kind::RvmmMicrovm | Kind::RvmmRestored) {
+            let help = spawner.output(&self.command(["run", "--help"]), patience).unwrap_or_default();
+            self.templates = help.contains("--template");
+            if self.kind == Kind::RvmmRestored && !self.templates {
+                return Err("this version of rvmm does not start containers from snapshots".into());
+            }
+        }
         if self.kind == Kind::Docker {
             // Its client answers without a server, and that is of no use.
             let asked = self.command(["version", "--format", "server {{.Server.Version}}"]);
@@ -166,6 +195,11 @@ impl Executor for Engine {
             let archive = image.archive.to_string_lossy().into_owned();
             let load = self.command(["load", "-i"]).and([archive]);
             spawner.output(&load, PATIENCE).map_err(doing("load the image"))?;
+        }
+        if self.kind == Kind::RvmmRestored {
+            // The first makes the template.
+            let first = self.run(&Job::helper(format!("{}-template", spawner.run), ["true"]))?;
+            spawner.output(&first, PATIENCE).map_err(doing("make a template"))?;
         }
         Ok(())
     }
@@ -243,7 +277,8 @@ impl Executor for Engine {
         let pid =
             pid.filter(|pid| *pid > 0).ok_or_else(|| Error::Unable("the instance does not run".into()))?;
         let (own, role) = match self.kind {
-            Kind::RvmmMicrovm => (vec![pid], Role::Monitor),
+            // The keeper, and the monitor that it has started.
+            Kind::RvmmMicrovm | Kind::RvmmRestored => (descendants(pid), Role::Monitor),
             _ => (descendants(pid), Role::Workload),
         };
         let mut found: Vec<Process> = own.iter().map(|pid| Process { pid: *pid, role }).collect();

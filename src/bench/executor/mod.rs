@@ -90,6 +90,10 @@ pub struct Job {
     pub memory: Option<u64>,
     /// Processes that it may have.
     pub processes: Option<u32>,
+    /// Processors that it may keep busy.
+    pub cpus: Option<u32>,
+    /// With all rights that the executor can give.
+    pub privileged: bool,
 }
 
 impl Job {

@@ -86,6 +86,9 @@ impl Oci {
         if let Some(count) = job.processes {
             resources["pids"] = json!({"limit": count});
         }
+        if let Some(cpus) = job.cpus {
+            resources["cpu"] = json!({"period": 100_000, "quota": i64::from(cpus) * 100_000});
+        }
         let argv = if job.argv.is_empty() { &self.command } else { &job.argv };
         json!({
             "ociVersion": "1.0.2",

@@ -3,9 +3,11 @@
 pub mod density;
 pub mod disk;
 pub mod effort;
+pub mod exits;
 pub mod isolation;
 pub mod memory;
 pub mod micro;
+pub mod neighbour;
 pub mod network;
 pub mod persistence;
 pub mod service;
@@ -217,6 +219,7 @@ pub fn all() -> Vec<Box<dyn Probe>> {
     let starts = start::all().into_iter().map(|part| Box::new(part) as Box<dyn Probe>);
     let others: Vec<Box<dyn Probe>> = vec![
         Box::new(timeline::BootTimeline),
+        Box::new(exits::Exits),
         Box::new(memory::Memory),
         Box::new(density::Density),
         Box::new(micro::Micro::all()),
@@ -224,11 +227,12 @@ pub fn all() -> Vec<Box<dyn Probe>> {
         Box::new(network::Network),
         Box::new(service::Service::default()),
         Box::new(size::Size),
-        Box::new(isolation::Isolation),
+        Box::new(neighbour::Neighbour),
         Box::new(persistence::Persistence),
         Box::new(effort::Effort),
     ];
-    starts.chain(others).collect()
+    let isolation = isolation::all().into_iter().map(|part| Box::new(part) as Box<dyn Probe>);
+    starts.chain(others).chain(isolation).collect()
 }
 
 #[cfg(test)]

@@ -32,7 +32,7 @@ impl Probe for Size {
         };
         let kernel = match executor.isolation() {
             Isolation::None | Isolation::Container => Some(0),
-            Isolation::Microvm if executor.name() == "rvmm-microvm" => rvmm_kernel(context),
+            Isolation::Microvm if executor.name().starts_with("rvmm-") => rvmm_kernel(context),
             Isolation::Microvm | Isolation::FullVm => executor.kernel_bytes(),
         };
         found.push(bytes("kernel", kernel, "its kernel is not known"));

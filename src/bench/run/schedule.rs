@@ -1,11 +1,11 @@
 //! How many samples each executor may take of each probe, where time is short.
 //!
-//! Time is given away in steps, the cheapest first: one sample of everything, then two, six, ten, twenty. Two beside twenty can
-//! show that one executor is slower; six have an interval of their own. So what is fast gets samples enough to say something, and
-//! what is slow shares the rest instead of holding everything up.
+//! Time is given away in steps: to one sample, to two, six, ten and twenty. One sample says how much it is; two beside twenty can show
+//! that one executor is slower; six have an interval of their own. The step that gives most for its time comes first. So what is fast
+//! gets samples enough to say something, and what is slow shares the rest instead of holding everything up.
 
-/// The numbers of samples at which more becomes possible.
-const STEPS: [u32; 5] = [1, 2, 6, 10, 20];
+/// The numbers of samples at which more becomes possible, and what it is worth to get there from the number before.
+const STEPS: [(u32, f64); 5] = [(1, 10.0), (2, 4.0), (6, 6.0), (10, 1.0), (20, 1.0)];
 
 /// One executor in one probe.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,18 +26,20 @@ pub fn allocate(cells: &[Cell], seconds: f64) -> Vec<u32> {
     let mut left = seconds;
     let mut open: Vec<bool> = cells.iter().map(|cell| cell.taken < cell.most).collect();
     let next = |target: u32, most: u32| {
-        STEPS.into_iter().find(|step| *step > target).unwrap_or(target.saturating_add(10)).min(most)
+        let step = STEPS.into_iter().find(|(step, _)| *step > target);
+        let (step, worth) = step.unwrap_or((target.saturating_add(10), 1.0));
+        (step.min(most), worth)
     };
     loop {
         let steps = cells.iter().zip(&targets).enumerate().filter(|(index, _)| open[*index]);
-        let cheapest = steps
+        let best = steps
             .map(|(index, (cell, target))| {
-                let to = next(*target, cell.most);
+                let (to, worth) = next(*target, cell.most);
                 let price = cell.cost.max(0.0) * f64::from(to - target);
-                (index, to, price, (*target > 0, price / cell.weight.max(1e-9)))
+                (index, to, price, price / (worth * cell.weight).max(1e-9))
             })
-            .min_by(|(.., a), (.., b)| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
-        let Some((index, to, price, _)) = cheapest else { break };
+            .min_by(|(.., a), (.., b)| a.total_cmp(b));
+        let Some((index, to, price, _)) = best else { break };
         if price <= left {
             left -= price;
             targets[index] = to;
@@ -76,9 +78,10 @@ mod tests {
     #[test]
     fn slow_executors_leave_the_fast_ones_their_samples() {
         assert_eq!(allocate(&[cell(0.1), cell(10.0), cell(0.2)], 50.0), [20, 4, 20]);
-        // One of each comes first; what does not fit has none.
+        // What does not fit has none.
         assert_eq!(allocate(&[cell(0.1), cell(40.0)], 10.0), [20, 0]);
-        assert_eq!(allocate(&[cell(1.0), cell(8.0)], 12.0), [4, 1]);
+        // One of each is worth more than many of one.
+        assert_eq!(allocate(&[cell(1.0), cell(8.0)], 15.0), [7, 1]);
         assert_eq!(allocate(&[], 5.0), Vec::<u32>::new());
     }
 
@@ -91,6 +94,7 @@ mod tests {
     #[test]
     fn what_was_taken_counts() {
         assert_eq!(allocate(&[Cell { taken: 7, ..cell(1.0) }, cell(1.0)], 0.0), [7, 0]);
+        assert_eq!(allocate(&[Cell { taken: 7, ..cell(1.0) }, cell(1.0)], 1.0), [7, 1]);
         assert_eq!(allocate(&[Cell { taken: 7, ..cell(1.0) }], 3.0), [10]);
         assert_eq!(allocate(&[Cell { taken: 9, most: 5, ..cell(1.0) }], 3.0), [5]);
     }

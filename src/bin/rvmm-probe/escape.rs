@@ -140,6 +140,22 @@ fn open_host_disk() -> io::Result<()> {
     opened.map(drop)
 }
 
+/// Crashes the kernel, if it is another one than that whose boot has the name given.
+pub fn crash(host: &str) -> Result<(), Failure> {
+    let own = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    if own.trim() == host || host.is_empty() {
+        return Err("this is the host's kernel, which is not crashed".into());
+    }
+    // Whatever this may do by default, a crash is among it from now on.
+    let _ = fs::write("/proc/sys/kernel/sysrq", "1");
+    let mut trigger = fs::OpenOptions::new().write(true).open("/proc/sysrq-trigger")?;
+    say(&json!({ "crash": "now" }));
+    // What was said is to get out first.
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    trigger.write_all(b"c")?;
+    Ok(())
+}
+
 /// Takes memory until it has so many bytes, and says so; who asks knows that it must not get that far.
 pub fn grow(bytes: usize) -> Result<(), Failure> {
     let mut held: Vec<Vec<u8>> = vec![];

@@ -7,8 +7,18 @@ use serde_json::json;
 
 use crate::{Failure, say, system};
 
-/// System calls that exist by number on this architecture, as far as is known: the last is `mseal`.
-const LAST_SYSCALL: i64 = 462;
+/// The numbers of system calls on this architecture, as far as is known: the last is `mseal`.
+pub struct Numbers(&'static [std::ops::RangeInclusive<u32>]);
+
+impl Numbers {
+    /// One after the other.
+    pub fn flat(&self) -> impl Iterator<Item = u32> + '_ {
+        self.0.iter().cloned().flatten()
+    }
+}
+
+/// All of them; there are none between.
+pub const SYSCALLS: Numbers = Numbers(&[0..=334, 424..=462]);
 
 /// Calls that would have an effect whatever their arguments are, or end this program: they are not tried, and taken to be there.
 const NOT_TRIED: [i64; 12] = [
@@ -106,7 +116,7 @@ fn root_disk() -> serde_json::Value {
 /// They are called with arguments that are all invalid, so that none does anything; in a child, which one of them may end.
 fn reachable() -> Result<usize, Failure> {
     let numbers: Vec<i64> =
-        (0..335).chain(424..=LAST_SYSCALL).filter(|number| !NOT_TRIED.contains(number)).collect();
+        SYSCALLS.flat().map(i64::from).filter(|number| !NOT_TRIED.contains(number)).collect();
     let (mut count, mut next) = (NOT_TRIED.len(), 0);
     while next < numbers.len() {
         let (mut answers, mut report) = std::io::pipe()?;

@@ -6,6 +6,7 @@
 mod disk;
 mod escape;
 mod facts;
+mod filters;
 mod micro;
 mod net;
 mod persist;
@@ -47,6 +48,9 @@ fn run(verb: &str, arguments: &[&str]) -> Result<(), Failure> {
         ("inspect", []) => facts::run().and_then(|()| escape::run()),
         ("grow", [bytes]) => escape::grow(bytes.parse()?),
         ("multiply", [count]) => escape::multiply(count.parse()?),
+        ("filters", pids) => filters::run(pids),
+        ("burn", [count]) => start::burn(count.parse()?),
+        ("crash", [boot]) => escape::crash(boot),
         ("persist", directories) => persist::run(directories),
         _ => Err(format!("what is {verb:?} with {} arguments?", arguments.len()).into()),
     }

@@ -10,7 +10,7 @@ use rustix::termios;
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::json;
 
-use crate::{Failure, say};
+use crate::{Failure, say, system};
 
 static ENTRY: OnceLock<u64> = OnceLock::new();
 
@@ -65,11 +65,30 @@ pub fn idle(bytes: usize) -> Result<(), Failure> {
 
 /// Keeps a processor busy.
 pub fn spend(seconds: f64) -> Result<(), Failure> {
-    let end = Instant::now() + Duration::try_from_secs_f64(seconds)?;
+    let steps = spin(Duration::try_from_secs_f64(seconds)?);
+    say(&json!({ "steps": steps }));
+    Ok(())
+}
+
+fn spin(time: Duration) -> u64 {
+    let end = Instant::now() + time;
     let mut steps = 0_u64;
     while Instant::now() < end {
         steps += 1;
     }
-    say(&json!({ "steps": steps }));
+    steps
+}
+
+/// Keeps as many processors busy as there are processes, for ten minutes at most.
+pub fn burn(count: u32) -> Result<(), Failure> {
+    let time = Duration::from_secs(600);
+    for _ in 1..count {
+        system::fork(|| {
+            spin(time);
+            0
+        })?;
+    }
+    say(&json!({ "burning": count }));
+    spin(time);
     Ok(())
 }

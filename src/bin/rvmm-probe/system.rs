@@ -5,6 +5,8 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use crate::filters::Instruction;
+
 /// Forks; the child runs `child` and ends with the code that it returns. Returns when the child has ended.
 ///
 /// The process must have one thread.
@@ -126,6 +128,73 @@ pub fn trace(pid: i32) -> io::Result<()> {
     // SAFETY: as above.
     unsafe { libc::ptrace(libc::PTRACE_DETACH, pid, null, null) };
     Ok(())
+}
+
+/// The filters of system calls of a thread, the last one first. It is stopped for as long as they are read.
+pub fn filters(thread: i32) -> io::Result<Vec<Vec<Instruction>>> {
+    let null = std::ptr::null_mut::<libc::c_void>();
+    // SAFETY: PTRACE_SEIZE, PTRACE_INTERRUPT and PTRACE_DETACH take no addresses.
+    result(unsafe { libc::ptrace(libc::PTRACE_SEIZE, thread, null, null) })?;
+    // SAFETY: as above.
+    let stopped = result(unsafe { libc::ptrace(libc::PTRACE_INTERRUPT, thread, null, null) })
+        .and_then(|()| wait_for_stop(thread));
+    let found = stopped
+        .and_then(|()| (0..MAX_FILTERS).map_while(|index| filter(thread, index).transpose()).collect());
+    // SAFETY: as above.
+    unsafe { libc::ptrace(libc::PTRACE_DETACH, thread, null, null) };
+    found
+}
+
+/// Filters of a thread that are read at most.
+const MAX_FILTERS: usize = 64;
+
+fn wait_for_stop(thread: i32) -> io::Result<()> {
+    let mut status = 0;
+    loop {
+        // SAFETY: `status` lives through the call.
+        if unsafe { libc::waitpid(thread, &raw mut status, libc::__WALL) } == thread {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+/// A filter by its place; `None` behind the last.
+fn filter(thread: i32, index: usize) -> io::Result<Option<Vec<Instruction>>> {
+    const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
+    let place = index as *mut libc::c_void;
+    // SAFETY: without a place to write to, the kernel says how many instructions there are.
+    let count = unsafe {
+        libc::ptrace(PTRACE_SECCOMP_GET_FILTER, thread, place, std::ptr::null_mut::<libc::c_void>())
+    };
+    if count < 0 {
+        let error = io::Error::last_os_error();
+        // None at this place, and none at all.
+        return match error.raw_os_error() {
+            Some(libc::ENOENT | libc::EINVAL) => Ok(None),
+            _ => Err(error),
+        };
+    }
+    let empty = libc::sock_filter { code: 0, jt: 0, jf: 0, k: 0 };
+    let mut program = vec![empty; usize::try_from(count).unwrap_or(0)];
+    // SAFETY: the thread is stopped and so its filter is still the one whose length was asked for, which `program` has.
+    result(
+        unsafe {
+            libc::ptrace(
+                PTRACE_SECCOMP_GET_FILTER,
+                thread,
+                place,
+                program.as_mut_ptr().cast::<libc::c_void>(),
+            )
+        }
+        .min(0),
+    )?;
+    let instruction =
+        |one: libc::sock_filter| Instruction { code: one.code, then: one.jt, otherwise: one.jf, k: one.k };
+    Ok(Some(program.into_iter().map(instruction).collect()))
 }
 
 /// Adds a key to the session's keyring and takes it away.

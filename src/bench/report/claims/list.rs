@@ -49,6 +49,7 @@ pub(super) const CLAIMS: [Info; 25] = [
         tests: &[
             Better("memory", "pss", Container, Microvm),
             Better("memory", "pss", Container, FullVm),
+            Better("memory", "cgroup", Container, Microvm),
             Better("memory", "system", Container, Microvm),
             Better("memory", "idle_cpu", Container, Microvm),
             Figure("memory", "guest", AnyVm),
@@ -123,7 +124,9 @@ pub(super) const CLAIMS: [Info; 25] = [
             Fact("isolation", "escape_memory", Container, STOPPED, REACHED),
             Fact("isolation", "escape_processes", Container, STOPPED, REACHED),
             Fact("isolation", "escape_disk", Container, STOPPED, REACHED),
-            NoProbe("what a neighbour at its limit takes from the others"),
+            Within("neighbour", "integer", Container, 0.0, 1.5),
+            Figure("neighbour", "integer", Process),
+            Figure("neighbour", "integer", AnyVm),
         ],
     },
     Info {
@@ -192,7 +195,8 @@ pub(super) const CLAIMS: [Info; 25] = [
         tests: &[
             Same("cpu", "integer", Process, Microvm),
             Figure("effort", "commands", Microvm),
-            NoProbe("exits of the guest in a second, and where each is served"),
+            Figure("exits", "idle", Microvm),
+            Figure("exits", "boot", Microvm),
         ],
     },
     Info {
