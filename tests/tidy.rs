@@ -27,7 +27,7 @@ const MAY_USE: [(&str, &[&str]); 26] = [
             "vm",
         ],
     ),
-    ("container", &["guest", "image", "tap", "vm"]),
+    ("container", &["api", "guest", "image", "kvm", "tap", "vm"]),
     ("image", &[]),
     ("guest", &[]),
     ("api", &["metrics", "sandbox", "socket", "vm"]),

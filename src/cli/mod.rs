@@ -16,6 +16,7 @@ pub mod network;
 mod network_relay;
 mod restore;
 mod snapshot;
+mod template;
 pub mod volume;
 mod walls;
 
@@ -81,6 +82,8 @@ enum Command {
     NetworkRelay(network_relay::RelayArguments),
     Restore(Box<restore::RestoreArguments>),
     Snapshot(snapshot::SnapshotArguments),
+    #[command(subcommand)]
+    Template(template::TemplateCommand),
 }
 
 /// The whole command line as clap knows it, for completions and manual pages.
@@ -165,6 +168,7 @@ pub fn engine() -> ExitCode {
         Some(Command::NetworkRelay(arguments)) => network_relay::run(arguments),
         Some(Command::Restore(arguments)) => restore::run(&arguments, Timeline::start()),
         Some(Command::Snapshot(arguments)) => snapshot::run(&arguments),
+        Some(Command::Template(command)) => on_roots(|roots| template::run(&command, roots)),
     };
     end(result, arguments.verbose)
 }
