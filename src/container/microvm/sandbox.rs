@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_bind, mount_change, unmount};
 
@@ -65,15 +65,14 @@ pub struct Start<'a> {
 
 /// How a VM was started, as it is noted beside it.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "how")]
-pub enum Started {
-    /// Its guest has booted.
-    Booted,
-    /// It goes on from a template.
-    Restored {
-        /// The template's directory.
-        template: PathBuf,
-    },
+#[serde(rename_all = "kebab-case")]
+pub struct Started {
+    /// Name of the template that it goes on from; `None` if its guest has booted.
+    pub template: Option<String>,
+    /// Microseconds from the start of the monitor to the agent's first answer.
+    pub answer_us: u64,
+    /// The same until the guest was set up for its first container.
+    pub ready_us: u64,
 }
 
 impl Sandbox {
@@ -160,10 +159,12 @@ fn boot(start: &Start<'_>) -> Result<(Monitor, Client, Started), Error> {
     let file = dir.join("vm.json");
     let config = start.machine.config(dir)?;
     files::write_json(&file, &config).map_err(|error| Error::failed("cannot describe the VM", error))?;
+    let begun = Instant::now();
     let monitor = spawn(dir, vec!["--config".into(), file.into()])?;
     let mut client = monitor.connect(BOOT_PATIENCE, true)?;
+    let answer_us = micros(begun);
     set_up(start, &mut client, false)?;
-    Ok((monitor, client, Started::Booted))
+    Ok((monitor, client, Started { template: None, answer_us, ready_us: micros(begun) }))
 }
 
 /// Has the VM go on from a template. When that fails nothing is left of it, and neither is the template.
@@ -190,10 +191,16 @@ fn restore(start: &Start<'_>, insist: bool) -> Result<(Monitor, Client, Started)
 }
 
 fn try_restore(start: &Start<'_>, template: &Template) -> Result<(Monitor, Client, Started), Error> {
+    let begun = Instant::now();
     let monitor = spawn(start.dir, start.machine.restore(&template.path, start.dir)?)?;
     let mut client = monitor.connect_restored(RESTORE_PATIENCE, true)?;
+    let answer_us = micros(begun);
     set_up(start, &mut client, true)?;
-    Ok((monitor, client, Started::Restored { template: template.path.clone() }))
+    Ok((monitor, client, Started { template: Some(template.name()), answer_us, ready_us: micros(begun) }))
+}
+
+fn micros(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Tells a guest who it is. Until then one that was restored is what all others of its template are.
