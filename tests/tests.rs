@@ -28,6 +28,7 @@ mod sandbox;
 mod services;
 mod snapshot;
 mod support;
+mod templates;
 mod terminal;
 mod tidy;
 mod vectors;

@@ -28,7 +28,7 @@ const MAY_USE: [(&str, &[&str]); 27] = [
             "vm",
         ],
     ),
-    ("container", &["guest", "image", "tap", "vm"]),
+    ("container", &["api", "guest", "image", "kvm", "tap", "vm"]),
     ("image", &[]),
     ("guest", &[]),
     ("api", &["metrics", "mmds", "sandbox", "socket", "vm"]),

@@ -17,6 +17,7 @@ mod network_relay;
 mod outputs;
 mod restore;
 mod snapshot;
+mod template;
 pub mod volume;
 mod walls;
 
@@ -82,6 +83,8 @@ enum Command {
     NetworkRelay(network_relay::RelayArguments),
     Restore(Box<restore::RestoreArguments>),
     Snapshot(snapshot::SnapshotArguments),
+    #[command(subcommand)]
+    Template(template::TemplateCommand),
 }
 
 /// The whole command line as clap knows it, for completions and manual pages.
@@ -166,6 +169,7 @@ pub fn engine() -> ExitCode {
         Some(Command::NetworkRelay(arguments)) => network_relay::run(arguments),
         Some(Command::Restore(arguments)) => restore::run(&arguments, Timeline::start()),
         Some(Command::Snapshot(arguments)) => snapshot::run(&arguments),
+        Some(Command::Template(command)) => on_roots(|roots| template::run(&command, roots)),
     };
     end(result, arguments.verbose)
 }

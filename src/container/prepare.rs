@@ -12,6 +12,7 @@ use oci_spec::runtime::Spec;
 use super::backend::{self, Backend, Bundle};
 use super::config::{ContainerConfig, Isolation, MountSource, NetworkMode};
 use super::files;
+use super::microvm::template::{self, Templates};
 use super::microvm::{self, Microvm, Place};
 use super::native::{self, Native};
 use super::network::{self, Attachment, Networks, netns};
@@ -49,6 +50,9 @@ pub enum Error {
     /// Directories.
     #[error(transparent)]
     Records(#[from] records::Error),
+    /// Templates of microVMs.
+    #[error(transparent)]
+    Template(#[from] template::Error),
     /// Files.
     #[error(transparent)]
     File(#[from] files::Error),
@@ -260,7 +264,8 @@ fn place(
     };
     let layers = if own { store.layer_disks(image)? } else { vec![] };
     let writable = roots.container(&config.id).join("disk.img");
-    Ok(Place { sandbox, own, netns, interfaces, layers, writable })
+    let templates = Templates::new(roots);
+    Ok(Place { sandbox, own, netns, interfaces, layers, writable, templates })
 }
 
 /// The container's volumes, made and filled if they are new.
@@ -385,6 +390,7 @@ fn open_microvm_with(records: &Records, config: &ContainerConfig, spec: Spec) ->
         interfaces: vec![],
         layers: vec![],
         writable: PathBuf::new(),
+        templates: Templates::new(roots),
     };
     Ok(Microvm::open(&config.id, place, spec)?)
 }
@@ -503,6 +509,7 @@ pub fn remove_own_volumes(records: &Records, config: &ContainerConfig) -> Result
 pub fn sweep(records: &Records) -> Result<(), Error> {
     records.sweep()?;
     let roots = records.roots();
+    Templates::new(roots).sweep()?;
     let names = |place: &Path| -> Vec<String> {
         let entries = fs::read_dir(place).into_iter().flatten().flatten();
         entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()

@@ -5,7 +5,7 @@ mod configure;
 mod cp;
 mod diff;
 mod exec;
-mod format;
+pub(super) mod format;
 mod inspect;
 mod logs;
 mod names;
@@ -17,7 +17,7 @@ mod session;
 mod start;
 mod stats;
 mod stop;
-mod values;
+pub(super) mod values;
 
 use std::process::ExitCode;
 

@@ -2,7 +2,10 @@
 //!
 //! [`sandbox`] has the VM, `translate` what the agent is told; here is the [`Backend`] over both.
 
+mod machine;
+mod monitor;
 mod sandbox;
+pub mod template;
 mod translate;
 mod user;
 
@@ -14,31 +17,24 @@ use std::process::{Command, Stdio as ProcessStdio};
 
 use oci_spec::runtime::{Process, Spec};
 
-use self::sandbox::Sandbox;
+use self::machine::{LAYERS_DISK, Machine, WRITABLE_DISK};
+use self::sandbox::{Sandbox, Start};
+use self::template::Templates;
 use crate::container::backend::{
     Backend, Bundle, Error, Execution, ExitStatus, InterfaceStats, ProcessInfo, Stats, Streams, WindowSize,
 };
-use crate::container::config::{ContainerConfig, Limits};
+use crate::container::config::ContainerConfig;
 use crate::container::native;
 use crate::container::network::{Interface, TapPlug, netns};
 use crate::guest::client::{self, Client};
 use crate::guest::protocol::{self, Event, FIRST_PROCESS, Failure, FileInfo, Target};
 use crate::guest::spec::{self as agent, ProcessSpec, Root, Stdio, Upper, Volume};
-use crate::vm::config::{Disk, DiskPart as Part, Mac, Net, Size, VmConfig};
 
-pub use self::sandbox::leave;
+pub use self::machine::Class;
+pub use self::sandbox::{Started, leave};
 
-/// Serial numbers of the disks.
-const LAYERS_DISK: &str = "layers";
-const WRITABLE_DISK: &str = "writable";
 /// Bytes of the writable disk unless the user says another number: a sparse file, so nothing is taken before it is used.
 const WRITABLE_BYTES: u64 = 10 << 30;
-/// Memory of a VM whose container has no limit.
-const MEMORY_BYTES: u64 = 512 << 20;
-/// What kernel and agent take beside a container's limit.
-const OVERHEAD_BYTES: u64 = 64 << 20;
-/// Processors of a VM whose container has no limit, at most.
-const CPUS_MAX: u32 = 4;
 /// The first size of a terminal that nobody has told the size of.
 const WINDOW: WindowSize = WindowSize { columns: 80, rows: 24 };
 
@@ -57,6 +53,8 @@ pub struct Place {
     pub layers: Vec<PathBuf>,
     /// The container's writable disk; it is made if it is not there.
     pub writable: PathBuf,
+    /// Snapshots of guests that have booted.
+    pub templates: Templates,
 }
 
 /// A container in a microVM.
@@ -129,20 +127,11 @@ impl Microvm {
             return Ok(Running { sandbox, client });
         }
         make_disk(&self.place.writable, config.limits.disk_bytes.unwrap_or(WRITABLE_BYTES))?;
-        let part = |(at, path): (usize, &PathBuf)| Part { path: path.clone(), name: format!("layer{at}") };
-        let mut layers = Disk::composed(self.place.layers.iter().enumerate().map(part).collect());
-        layers.id = Some(LAYERS_DISK.into());
-        layers.queues = Some(1);
-        let mut writable = Disk::new(&self.place.writable);
-        writable.id = Some(WRITABLE_DISK.into());
-        let vm = VmConfig {
-            cpus: cpus(&config.limits),
-            memory: Size(memory(&config.limits)),
-            disks: vec![layers, writable],
-            nets: self.place.interfaces.iter().map(|(_, plug)| self.net(plug)).collect::<Result<_, _>>()?,
-            ..VmConfig::default()
-        };
-        let (sandbox, client) = Sandbox::start(dir, vm, &self.place.interfaces, hostname)?;
+        let Place { layers, writable, interfaces, netns, templates, .. } = &self.place;
+        let machine = Machine::new(&config.limits, layers, writable, interfaces, netns.as_deref())?;
+        let start =
+            Start { dir, machine: &machine, interfaces, hostname, template: config.template, templates };
+        let (sandbox, client) = Sandbox::start(&start)?;
         sandbox.enter(&self.id)?;
         Ok(Running { sandbox, client })
     }
@@ -158,17 +147,6 @@ impl Microvm {
         // Beside each is the tap, with the same numbers the other way round.
         found.retain(|interface| interface.name.starts_with("eth"));
         found
-    }
-
-    fn net(&self, plug: &TapPlug) -> Result<Net, Error> {
-        let mac: Mac = plug.mac.parse().map_err(|error| Error::Unsupported {
-            what: format!("the address {:?} of a network device: {error}", plug.mac),
-        })?;
-        let mut net = Net::new(&plug.tap);
-        net.mac = Some(mac);
-        net.netns.clone_from(&self.place.netns);
-        net.mtu = Some(plug.mtu);
-        Ok(net)
     }
 
     fn root(&self, bundle: &Bundle) -> Root {
@@ -259,22 +237,6 @@ fn exit_status(status: protocol::ExitStatus) -> ExitStatus {
 
 fn window(size: WindowSize) -> agent::WindowSize {
     agent::WindowSize { rows: size.rows, columns: size.columns }
-}
-
-/// Processors of the VM: as many as the limit needs, or the host's up to four.
-fn cpus(limits: &Limits) -> u32 {
-    let host =
-        std::thread::available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(1));
-    match limits.cpu_millis {
-        Some(millis) => u32::try_from(millis.div_ceil(1000)).unwrap_or(u32::MAX).clamp(1, host.max(1)),
-        None => host.clamp(1, CPUS_MAX),
-    }
-}
-
-/// Memory of the VM.
-fn memory(limits: &Limits) -> u64 {
-    let bytes = limits.memory_bytes.map_or(MEMORY_BYTES, |limit| limit.saturating_add(OVERHEAD_BYTES));
-    bytes.next_multiple_of(1 << 20)
 }
 
 /// Makes an empty ext4 of that size at `path`, if there is none.
@@ -533,16 +495,6 @@ impl Execution for Executed {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn limits_size_the_machine() {
-        let limits = |memory_bytes, cpu_millis| Limits { memory_bytes, cpu_millis, ..Limits::default() };
-        assert_eq!(memory(&limits(None, None)), MEMORY_BYTES);
-        assert_eq!(memory(&limits(Some(100 << 20), None)), 164 << 20);
-        assert_eq!(memory(&limits(Some((100 << 20) + 1), None)), 165 << 20);
-        assert_eq!(cpus(&limits(None, Some(500))), 1);
-        assert!((1..=CPUS_MAX).contains(&cpus(&limits(None, None))));
-    }
 
     #[test]
     fn backend_errors_keep_their_kind() {
