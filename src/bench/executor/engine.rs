@@ -130,15 +130,23 @@ impl Engine {
             .output(&self.command(["container", "inspect", name]), PATIENCE)
             .map_err(doing("inspect an instance"))?;
         let unreadable = || Error::Unable(format!("what {} says of {name} is no JSON", self.name()));
-        let start = said.find('[').ok_or_else(unreadable)?;
-        let value: Value = serde_json::from_str(&said[start..]).map_err(|_| unreadable())?;
-        value.get(0).cloned().ok_or_else(unreadable)
+        first_described(&said).ok_or_else(unreadable)
     }
 
     fn simple(&self, spawner: &Spawner, what: &'static str, words: &[&str]) -> Result<(), Error> {
         let invocation = self.command(words.iter().copied());
         spawner.output(&invocation, PATIENCE).map(drop).map_err(doing(what))
     }
+}
+
+/// The first of a list of JSON. Engines write warnings before and behind it, for both of their outputs are read.
+fn first_described(said: &str) -> Option<Value> {
+    let starts = said.match_indices('[').map(|(at, _)| at);
+    let mut line_starts = starts.filter(|at| *at == 0 || said.as_bytes().get(at - 1) == Some(&b'\n'));
+    line_starts.find_map(|at| {
+        let list = serde_json::Deserializer::from_str(&said[at..]).into_iter::<Value>().next()?.ok()?;
+        list.get(0).cloned()
+    })
 }
 
 impl Executor for Engine {
@@ -328,8 +336,7 @@ impl Executor for Engine {
         }
         let sized = self.command(["container", "inspect", "--size", &instance.job.name]);
         let said = spawner.output(&sized, PATIENCE).ok()?;
-        let facts: Value = serde_json::from_str(&said[said.find('[')?..]).ok()?;
-        facts.pointer("/0/SizeRw").and_then(Value::as_u64)
+        first_described(&said)?.get("SizeRw").and_then(Value::as_u64)
     }
 
     fn address(&self, spawner: &Spawner, instance: &Instance) -> Result<String, Error> {
@@ -369,6 +376,15 @@ mod tests {
         );
         let words = engine(Kind::RvmmNative).run_words(&Job::helper("n", ["idle"]), true).join(" ");
         assert_eq!(words, "run -d --name n --isolation native --network none i /rvmm-probe idle");
+    }
+
+    #[test]
+    fn description_is_found_among_warnings() {
+        let said =
+            "time=\"x\" level=warning msg=\"[graph] y\"\n[\n {\"Id\": \"a\"}\n]\ntime=\"x\" level=error\n";
+        assert_eq!(first_described(said), Some(serde_json::json!({"Id": "a"})));
+        assert_eq!(first_described("[]"), None);
+        assert_eq!(first_described("nothing [here]"), None);
     }
 
     #[test]

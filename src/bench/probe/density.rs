@@ -9,8 +9,8 @@ const MEMORY_BYTES: f64 = 256.0 * 1024.0 * 1024.0;
 /// Instances at most: more say nothing that these do not.
 const MOST: usize = 128;
 
-/// Instances between two looks at their memory.
-const STEP: usize = 4;
+/// Instances before the first look at their memory.
+const FIRST: usize = 4;
 
 /// Idle instances, one after the other.
 pub struct Density;
@@ -47,9 +47,9 @@ impl Probe for Density {
 }
 
 fn fill(context: &Context, executor: &dyn Executor, instances: &mut Vec<Instance>) -> Result<Found, Error> {
-    let mut before = 0.0;
+    let (mut before, mut step) = (0.0, FIRST);
     loop {
-        for _ in 0..STEP {
+        for _ in 0..step {
             let mut instance = executor.start(&context.spawner, &context.helper(["idle"]))?;
             let spoke = executor.wait_for_line(&context.spawner, &mut instance, super::MARKER);
             instances.push(instance);
@@ -67,7 +67,7 @@ fn fill(context: &Context, executor: &dyn Executor, instances: &mut Vec<Instance
         let taken = super::memory::total(&processes)?;
         if taken > MEMORY_BYTES {
             // Between the last two looks, as if each of them took the same.
-            let over = (taken - MEMORY_BYTES) / (taken - before).max(1.0) * STEP as f64;
+            let over = (taken - MEMORY_BYTES) / (taken - before).max(1.0) * step as f64;
             return Ok(Found::number("instances", (instances.len() as f64 - over.ceil()).max(0.0)));
         }
         if instances.len() >= MOST {
@@ -75,5 +75,9 @@ fn fill(context: &Context, executor: &dyn Executor, instances: &mut Vec<Instance
             return Ok(Found::failed("instances", why));
         }
         before = taken;
+        // As many as will fill it, if they take what those before took; not more than doubling.
+        let each = (taken / instances.len() as f64).max(1.0);
+        let fill = ((MEMORY_BYTES - taken) / each).ceil();
+        step = (fill as usize).clamp(1, instances.len()).min(MOST - instances.len());
     }
 }

@@ -225,11 +225,12 @@ pub fn all() -> Vec<Box<dyn Probe>> {
         Box::new(micro::Micro::all()),
         Box::new(disk::Disk),
         Box::new(network::Network),
+        // Before the services, which leave their images until the end of the run.
+        Box::new(effort::Effort),
         Box::new(service::Service::default()),
         Box::new(size::Size),
         Box::new(neighbour::Neighbour),
         Box::new(persistence::Persistence),
-        Box::new(effort::Effort),
     ];
     let isolation = isolation::all().into_iter().map(|part| Box::new(part) as Box<dyn Probe>);
     starts.chain(others).chain(isolation).collect()

@@ -82,9 +82,12 @@ fn measure(
     if executor.isolation() != Isolation::None {
         note(from_host("127.0.0.1"), "published", &["connections"])?;
     }
-    let Ok(address) = address else {
-        found.push(Found::failed("peer_throughput", "its instances cannot reach each other"));
-        return Ok(found);
+    let address = match address {
+        Ok(address) => address,
+        Err(error) => {
+            found.push(Found::failed("peer_throughput", crate::error_chain(&error)));
+            return Ok(found);
+        }
     };
     let peer = |arguments: [&str; 4]| -> Result<Vec<Json>, Error> {
         let words = arguments.into_iter().filter(|word| !word.is_empty());

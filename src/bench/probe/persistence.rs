@@ -55,8 +55,9 @@ impl Probe for Persistence {
 type Kept = (&'static str, Result<bool, Error>);
 
 fn trials(context: &Context, executor: &dyn Executor, volume: Option<&str>) -> Result<Vec<Kept>, Error> {
-    let place = volume.unwrap_or("/root");
-    let mut job = context.helper(["persist", place]);
+    // A place that no earlier instance has been at: some share their root.
+    let place = volume.map_or_else(|| format!("/root/{}", context.name()), String::from);
+    let mut job = context.helper(["persist", &place]);
     if let Some(inside) = volume {
         let host = context.directory.join(format!("volume-{}", job.name));
         fs::create_dir_all(&host).map_err(|error| Error::Other(format!("cannot make {host:?}: {error}")))?;
@@ -82,10 +83,7 @@ fn stop_and_kill(
     executor: &dyn Executor,
     instance: &mut Instance,
 ) -> Result<Vec<Kept>, Error> {
-    if look(context, executor, instance, 1)? && instance.job.volumes.is_empty() {
-        // An earlier instance's mark: its root is shared by all.
-        return Ok(vec![]);
-    }
+    look(context, executor, instance, 1)?;
     executor.stop(&context.spawner, instance)?;
     executor.restart(&context.spawner, instance)?;
     let stopped = look(context, executor, instance, 2);

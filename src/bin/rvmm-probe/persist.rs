@@ -12,7 +12,9 @@ pub fn run(directories: &[&str]) -> Result<(), Failure> {
     for directory in directories {
         let mark = Path::new(directory).join("rvmm-probe-mark");
         found.insert((*directory).to_owned(), json!(mark.exists()));
-        let written = std::fs::write(&mark, "here").and_then(|()| std::fs::File::open(&mark)?.sync_all());
+        let written = std::fs::create_dir_all(directory)
+            .and_then(|()| std::fs::write(&mark, "here"))
+            .and_then(|()| std::fs::File::open(&mark)?.sync_all());
         if let Err(error) = written {
             found.insert(format!("{directory} error"), json!(error.to_string()));
         }
