@@ -13,7 +13,8 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::container::home::{Home, Wall, can_run};
-use crate::support::{self, LINUX_PATIENCE, has_tool};
+use crate::container::network::can_connect;
+use crate::support::{self, LINUX_PATIENCE};
 
 const RESTORED: [&str; 1] = ["--template=require"];
 
@@ -32,7 +33,7 @@ fn templates(home: &Home) -> Vec<PathBuf> {
 
 #[test]
 fn restored_containers_have_disks_volumes_networks_and_names_of_their_own() {
-    if !can_run(Wall::Microvm) || !has_tool("netavark") {
+    if !can_connect(Wall::Microvm) {
         return;
     }
     let home = Home::new();

@@ -14,7 +14,7 @@ import host
 import stats
 import tiny_guest
 import tracing
-from monitors import Guest, Qemu, Rvmm, memory_outside
+from monitors import Guest, Qemu, Rvmm, memory_outside, pvm_additions
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 MEMORY_MIB = 128
@@ -64,27 +64,13 @@ class Bench:
         self.facts |= {"guest_kernel": os.path.basename(kernel), "guest_kernel_bytes": os.path.getsize(kernel)}
         self.rvmm = Rvmm(rvmm)
         self.monitors = [self.rvmm] + ([Qemu(qemu, is_pvm)] if qemu else [])
-        self.pvm_cmdline = self.additions() if is_pvm else ""
+        self.pvm_cmdline = pvm_additions(self.rvmm) if is_pvm else ""
         try:
             self.tracer = tracing.Tracer()
         except tracing.Unavailable as error:
             self.tracer = None
             print(f"bench: no trace of KVM_RUN, since tracefs cannot be used: {error}", file=sys.stderr)
         self.results = {"host": self.facts, "starts": [], "growth": [], "memory": [], "boots": []}
-
-    def additions(self):
-        """What rvmm adds to the command line on this kind of KVM, so that the peers' guests get the same."""
-        with tempfile.NamedTemporaryFile() as kernel:
-            kernel.write(tiny_guest.elf())
-            kernel.flush()
-            process = self.rvmm.start(Guest(kernel.name, MEMORY_MIB), log_level="info")
-            log = process.collect(20)
-        marker = "added to the guest's command line: "
-        line = next((line for line in log.splitlines() if marker in line), None)
-        if line is None:
-            fail(f"rvmm does not start:\n{log}")
-        own = ("console=", "reboot=", "panic=", "root=", "virtio_mmio.device=")
-        return " ".join(word for word in line.partition(marker)[2].split() if not word.startswith(own))
 
     def guest(self, memory_mib=MEMORY_MIB, cmdline="quiet"):
         return Guest(self.kernel, memory_mib, self.rootfs, cmdline, self.pvm_cmdline)

@@ -7,7 +7,11 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
+import tempfile
 import time
+
+import tiny_guest
 
 QEMU = "qemu-system-x86_64"
 # The guest-event port and the sleep register of docs/guest-event-port.md, for QEMU too.
@@ -108,6 +112,20 @@ class Rvmm:
         raise RuntimeError("rvmm ended early")
 
 
+def pvm_additions(rvmm):
+    """What rvmm adds to the command line on a PVM host, so that the peers' guests get the same."""
+    with tempfile.NamedTemporaryFile() as kernel:
+        kernel.write(tiny_guest.elf())
+        kernel.flush()
+        log = rvmm.start(Guest(kernel.name, 128), log_level="info").collect(20)
+    marker = "added to the guest's command line: "
+    line = next((line for line in log.splitlines() if marker in line), None)
+    if line is None:
+        sys.exit(f"bench: rvmm does not start:\n{log}")
+    own = ("console=", "reboot=", "panic=", "root=", "virtio_mmio.device=")
+    return " ".join(word for word in line.partition(marker)[2].split() if not word.startswith(own))
+
+
 class Qemu:
     """Debian's QEMU with its microvm machine, set up for speed."""
 
@@ -135,8 +153,8 @@ class Qemu:
             arguments += ["-device", f"isa-debug-exit,iobase={SLEEP_CONTROL:#x},iosize=1"]
         return arguments
 
-    def start(self, guest, events_fd=None):
-        """Starts QEMU; the guest's boot marks go to `events_fd`."""
+    def command(self, guest, events_fd=None):
+        """The whole command line; the guest's boot marks go to `events_fd`."""
         events_path = None if events_fd is None else f"/dev/fd/{events_fd}"
         arguments = self.machine(guest.memory_mib, guest.kernel, events_path)
         cmdline = ["console=ttyS0 reboot=k panic=-1"]
@@ -146,8 +164,11 @@ class Qemu:
             cmdline.append("root=/dev/vda ro")
             arguments += ["-drive", f"id=root,file={guest.rootfs},format=raw,if=none,readonly=on"]
             arguments += ["-device", "virtio-blk-device,drive=root"]
-        arguments += ["-append", " ".join(cmdline + [guest.cmdline])]
-        return Process(arguments, () if events_fd is None else (events_fd,))
+        return arguments + ["-append", " ".join(cmdline + [guest.cmdline])]
+
+    def start(self, guest, events_fd=None):
+        """Starts QEMU; the guest's boot marks go to `events_fd`."""
+        return Process(self.command(guest, events_fd), () if events_fd is None else (events_fd,))
 
     def ram_ranges(self, process, guest):
         """Host address ranges of guest memory: the one mapping of its size."""

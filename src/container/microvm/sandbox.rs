@@ -170,6 +170,9 @@ fn boot(start: &Start<'_>) -> Result<(Monitor, Client, Started), Error> {
 /// Has the VM go on from a template. When that fails nothing is left of it, and neither is the template.
 fn restore(start: &Start<'_>, insist: bool) -> Result<(Monitor, Client, Started), Error> {
     let templates = start.templates;
+    if start.dir.as_os_str().as_encoded_bytes().contains(&b',') {
+        return Err(Error::Unsupported { what: format!("a restore cannot be told of {:?}", start.dir) });
+    }
     let template = templates
         .get(&start.machine.class, insist)
         .map_err(|error| Error::failed("cannot have a template of the microVM", error))?;
