@@ -27,7 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 const WORK: Duration = Duration::from_secs(300);
 
 /// Whether this process may make taps and namespaces; says so if not.
-fn has_network() -> bool {
+pub fn has_network() -> bool {
     if !is_root() || !has_tool("ip") {
         return false;
     }
@@ -55,11 +55,11 @@ fn ip(line: &str) -> String {
 }
 
 /// Something that `ip` made, and the line that takes it away again.
-struct Made(String);
+pub struct Made(String);
 
 impl Made {
     /// A tap of the host's own, with an address.
-    fn tap(name: &str, address: &str, options: &str) -> Made {
+    pub fn tap(name: &str, address: &str, options: &str) -> Made {
         ip(&format!("tuntap add {name} mode tap {options}"));
         let made = Made(format!("link del {name}"));
         ip(&format!("addr add {address} dev {name}"));
@@ -82,10 +82,10 @@ impl Drop for Made {
 }
 
 /// A server program that ends with the test.
-struct Server(Child);
+pub struct Server(Child);
 
 impl Server {
-    fn start(line: &str) -> Server {
+    pub fn start(line: &str) -> Server {
         let mut words = line.split_whitespace();
         let mut command = Command::new(words.next().expect("a program"));
         command.args(words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -101,7 +101,7 @@ impl Drop for Server {
 }
 
 /// Sends back what comes through TCP, connection by connection.
-fn echo_server(address: &str) {
+pub fn echo_server(address: &str) {
     let listener = TcpListener::bind(address).expect("an address of the tap's");
     std::thread::spawn(move || {
         for stream in listener.incoming() {
