@@ -7,7 +7,7 @@
 //! - `cli -> doctor -> {kvm, vm}`
 //! - `cli -> bench`: drives public command lines and uses nothing else of the library
 //! - `cli -> image`: images, registries and the store; it uses nothing else
-//! - `fileserver -> fuse`: a process of its own
+//! - `fileserver -> {fuse, sandbox}`: a process of its own
 //! - `virtio -> {memory, disk, tap, fuse, socket}`, never `kvm` or `vm`: it is handed event descriptors
 //! - `boot -> memory`; `legacy`, `disk`, `tap`, `memory`, `bus`, `socket` -> crates only
 //! - `metrics`: counters, which `api`, `virtio` and `vm` add to

@@ -82,10 +82,10 @@ impl Drop for Made {
 }
 
 /// A server program that ends with the test.
-struct Server(Child);
+pub struct Server(Child);
 
 impl Server {
-    fn start(line: &str) -> Server {
+    pub fn start(line: &str) -> Server {
         let mut words = line.split_whitespace();
         let mut command = Command::new(words.next().expect("a program"));
         command.args(words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -101,7 +101,7 @@ impl Drop for Server {
 }
 
 /// Sends back what comes through TCP, connection by connection.
-fn echo_server(address: &str) {
+pub fn echo_server(address: &str) {
     let listener = TcpListener::bind(address).expect("an address of the tap's");
     std::thread::spawn(move || {
         for stream in listener.incoming() {

@@ -126,6 +126,33 @@ fn guest_goes_on_where_it_was_saved_again_and_again() {
 }
 
 #[test]
+fn what_clients_say_before_a_snapshot_is_loaded_holds() {
+    if !has_kvm() {
+        return;
+    }
+    let mut first = Saved::start(&[]);
+    first.feed("a");
+    let place = first.snapshot();
+    let (log, metrics) = (first.guest.path("log"), first.guest.path("metrics"));
+    let api = Api::new(&first.guest.path("restored"));
+    let mut second = Monitor::new().args(["restore", "--api-socket"]).arg(&api.path).start_with_input();
+    api.change("PUT", "/logger", &format!("{{\"log_path\":{log:?},\"level\":\"Debug\"}}"));
+    api.change("PUT", "/metrics", &format!("{{\"metrics_path\":{metrics:?}}}"));
+    api.change("PUT", "/mmds", "{\"a\":\"b\"}");
+    let body = format!("{{\"snapshot_path\":{:?},\"resume_vm\":true}}", place.join("state"));
+    api.change("PUT", "/snapshot/load", &body);
+    second.send("b");
+    second.expect("b");
+    assert_eq!(api.get("/mmds"), serde_json::json!({"a": "b"}));
+    api.change("PUT", "/actions", "{\"action_type\":\"FlushMetrics\"}");
+    assert_eq!(fs::read_to_string(&metrics).expect("metrics").lines().count(), 1);
+    second.send("q");
+    second.wait(PATIENCE).exits(3);
+    let log = fs::read_to_string(&log).expect("a log");
+    assert!(log.contains("DEBUG") && log.contains("the guest powered off"), "{log}");
+}
+
+#[test]
 fn restored_guest_rests_until_it_is_told_to_go_on() {
     if !has_kvm() {
         return;

@@ -54,7 +54,7 @@ const MAY_USE: [(&str, &[&str]); 27] = [
         ],
     ),
     ("virtio", &["bus", "disk", "fuse", "memory", "metrics", "mmds", "sandbox", "socket", "tap"]),
-    ("fileserver", &["fuse"]),
+    ("fileserver", &["fuse", "sandbox"]),
     ("fuse", &[]),
     ("guest", &[]),
     ("legacy", &["bus"]),

@@ -387,8 +387,8 @@ impl<'a> Vsock<'a> {
 }
 
 #[derive(Serialize)]
-struct Entropy<'a> {
-    rate_limiter: Option<&'a str>,
+struct Entropy {
+    rate_limiter: Option<RateLimiter>,
 }
 
 #[derive(Serialize)]
@@ -413,7 +413,7 @@ pub struct FullVmConfiguration<'a> {
     mmds_config: Option<MmdsConfig<'a>>,
     network_interfaces: Vec<NetworkInterface<'a>>,
     vsock: Option<Vsock<'a>>,
-    entropy: Option<Entropy<'a>>,
+    entropy: Option<Entropy>,
 }
 
 impl<'a> FullVmConfiguration<'a> {
@@ -465,7 +465,7 @@ impl<'a> FullVmConfiguration<'a> {
             }),
             network_interfaces: config.nets.iter().enumerate().map(interface).collect(),
             vsock: config.vsock.as_ref().map(Vsock::new),
-            entropy: config.rng.then_some(Entropy { rate_limiter: None }),
+            entropy: config.rng.then(|| Entropy { rate_limiter: RateLimiter::new(config.rng_limits) }),
         }
     }
 }

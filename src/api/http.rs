@@ -195,6 +195,7 @@ async fn try_respond(request: Request<Incoming>, shared: &Shared) -> Result<Answ
                 if setup.config.kernel.is_none() {
                     return Err(Fault::bad_request("Cannot start microvm without kernel configuration."));
                 }
+                setup.check().map_err(Fault::bad_request)?;
                 start(starts, setup, None)?
             }
             (Phase::Setup(setup, starts), Route::Load(load)) => {

@@ -11,6 +11,7 @@ pub mod client;
 mod http;
 mod routes;
 mod setup;
+mod templates;
 
 pub use setup::{Logger, Setup};
 

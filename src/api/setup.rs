@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::bodies::RateLimiter;
+use super::templates::StaticTemplate;
 use crate::mmds::{self, Store, Version};
 use crate::vm::config::{
     Balloon, Cpu, CpuTemplate, Disk, DiskCache, DiskIo, Mmds, Net, SerialConfig, Size, VmConfig, Vsock,
@@ -97,7 +98,7 @@ pub struct MachineConfig {
     vcpu_count: Option<u32>,
     mem_size_mib: Option<u64>,
     smt: Option<bool>,
-    cpu_template: Option<String>,
+    cpu_template: Option<StaticTemplate>,
     track_dirty_pages: Option<bool>,
     huge_pages: Option<String>,
 }
@@ -183,6 +184,7 @@ pub struct Setup {
     pub metrics: Option<Metrics>,
     /// What the metadata service tells.
     pub metadata: Arc<Store>,
+    cpu_template: StaticTemplate,
     /// Whether a client has begun to put it together.
     pub has_parts: bool,
 }
@@ -199,6 +201,7 @@ impl Setup {
     /// Adds a part, or puts it in the place of one with the same id.
     pub fn add(&mut self, part: Part) -> Result<(), String> {
         let mut next = self.config.clone();
+        let mut cpu_template = self.cpu_template;
         match part {
             Part::Boot(boot) => {
                 check_file(&boot.kernel_image_path, "The kernel file cannot be opened")?;
@@ -229,13 +232,17 @@ impl Setup {
                 });
             }
             Part::Entropy(entropy) => {
-                if limits(entropy.rate_limiter) != Limits::default() {
-                    return Err(not_supported("a rate limiter of the entropy device"));
-                }
                 next.rng = true;
+                next.rng_limits = limits(entropy.rate_limiter);
             }
-            Part::Machine(machine) => set_machine(&mut next, machine)?,
-            Part::Cpu(template) => next.cpu = Cpu::Template(template),
+            Part::Machine(machine) => {
+                cpu_template = machine.cpu_template.unwrap_or(cpu_template);
+                set_machine(&mut next, machine)?;
+            }
+            Part::Cpu(template) => {
+                next.cpu = Cpu::Template(template);
+                cpu_template = StaticTemplate::None;
+            }
             Part::Mmds(mmds) => {
                 next.mmds = Some(Mmds {
                     interfaces: mmds.network_interfaces,
@@ -260,8 +267,14 @@ impl Setup {
         // What can be known to be impossible now is refused now, and changes nothing.
         next.validate(u64::MAX).map_err(|error| error.to_string())?;
         self.config = next;
+        self.cpu_template = cpu_template;
         self.has_parts = true;
         Ok(())
+    }
+
+    /// Why the VM cannot start, as far as that is known before it is built.
+    pub fn check(&self) -> Result<(), String> {
+        self.cpu_template.check()
     }
 
     /// Reads Firecracker's configuration file.
@@ -400,7 +413,6 @@ fn set_machine(config: &mut VmConfig, machine: MachineConfig) -> Result<(), Stri
         (machine.smt == Some(true), "smt"),
         (machine.track_dirty_pages == Some(true), "track_dirty_pages"),
         (machine.huge_pages.is_some_and(|pages| pages != "None"), "huge_pages"),
-        (machine.cpu_template.is_some_and(|template| template != "None"), "cpu_template"),
     ] {
         if wanted {
             return Err(not_supported(what));
@@ -444,6 +456,23 @@ mod tests {
         assert_eq!(setup.logger.unwrap().level.as_deref(), Some("Info"));
         assert!(Setup::read(r#"{"boot_source": {}}"#).unwrap_err().contains("unknown field"));
         assert!(Setup::read(r#"{"drives": {}}"#).unwrap_err().contains("list"));
+    }
+
+    #[test]
+    fn static_templates_are_told_at_the_start() {
+        let mut setup = Setup::default();
+        let machine = |text: &str| serde_json::from_str(text).map(Part::Machine);
+        assert!(machine(r#"{"cpu_template": "V1N1"}"#).unwrap_err().to_string().contains("unknown variant"));
+        setup.add(machine(r#"{"cpu_template": "T2"}"#).unwrap()).unwrap();
+        // Whatever this host is: it is refused, or would be ignored.
+        assert!(setup.check().is_err());
+        setup.add(machine(r#"{"mem_size_mib": 64}"#).unwrap()).unwrap();
+        assert!(setup.check().is_err());
+        setup.add(machine(r#"{"cpu_template": "None"}"#).unwrap()).unwrap();
+        assert_eq!(setup.check(), Ok(()));
+        setup.add(machine(r#"{"cpu_template": "T2A"}"#).unwrap()).unwrap();
+        setup.add(Part::Cpu(Box::default())).unwrap();
+        assert_eq!(setup.check(), Ok(()));
     }
 
     #[test]

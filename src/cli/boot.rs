@@ -357,6 +357,7 @@ pub fn run(arguments: BootArguments, mut timeline: Timeline) -> anyhow::Result<E
             None => return Ok(ExitCode::SUCCESS),
         },
         None => {
+            setup.check().map_err(|why| anyhow!(why))?;
             timeline.mark("configured");
             let mut vm = vm::build(&setup.config, &setup.metadata, &mut timeline)?;
             if setup.metrics.is_some() {

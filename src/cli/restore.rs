@@ -147,7 +147,8 @@ impl FromStr for NetOverride {
 /// Restores a VM and runs it to its end.
 pub fn run(arguments: &RestoreArguments, mut timeline: Timeline) -> anyhow::Result<ExitCode> {
     let outputs = Outputs { level: arguments.log_level, format: LogFormat::Text, log: None, metrics: None };
-    let setup = Setup { metadata: Arc::new(arguments.metadata.read()?), ..Setup::default() };
+    let mut setup = Setup::default();
+    setup.metadata = Arc::new(arguments.metadata.read()?);
     let metadata = Arc::clone(&setup.metadata);
     if arguments.directory.is_some() {
         outputs.start_log(&setup)?;

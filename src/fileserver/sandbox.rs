@@ -16,13 +16,14 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
-use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
+use rustix::thread::{CapabilitySet, CapabilitySets};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     TargetArch,
 };
 
 use super::Options;
+use crate::sandbox::privileges;
 
 /// Descriptors that are asked for. The host may allow fewer.
 const FDS_WANTED: u64 = 1 << 20;
@@ -203,26 +204,7 @@ fn restrict_mounts(options: &Options) -> io::Result<()> {
 
 fn drop_capabilities(kept: CapabilitySet) -> Result<(), Error> {
     let what = "give up capabilities";
-    // Changing the user that files are made for must not change what this process may do.
-    let bits = CapabilitiesSecureBits::NO_ROOT
-        | CapabilitiesSecureBits::NO_ROOT_LOCKED
-        | CapabilitiesSecureBits::NO_SETUID_FIXUP
-        | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED
-        | CapabilitiesSecureBits::KEEP_CAPS_LOCKED
-        | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE
-        | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED;
-    rustix::thread::clear_ambient_capability_set().step(what)?;
-    rustix::thread::set_capabilities_secure_bits(bits).step(what)?;
-    for capability in (0..u64::BITS).map(|bit| CapabilitySet::from_bits_retain(1 << bit)) {
-        if kept.contains(capability) {
-            continue;
-        }
-        match rustix::thread::remove_capability_from_bounding_set(capability) {
-            // The kernel knows no further ones.
-            Err(Errno::INVAL) => break,
-            result => result.step(what)?,
-        }
-    }
+    privileges::bound(kept).step(what)?;
     let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
     rustix::thread::set_capabilities(None, sets).step(what)
 }

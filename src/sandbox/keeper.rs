@@ -435,7 +435,7 @@ fn seal(jail: Option<&Jail>) -> Result<(), Error> {
         | CapabilitySet::DAC_READ_SEARCH
         | CapabilitySet::FOWNER
         | CapabilitySet::KILL;
-    privileges::bound(kept)?;
+    privileges::bound_if_possible(kept)?;
     privileges::keep(kept)?;
     violation::name_thread(Kind::Keeper);
     super::filter_calls(Kind::Keeper)

@@ -18,7 +18,7 @@ pub mod jail;
 pub mod keeper;
 mod launcher;
 mod names;
-mod privileges;
+pub mod privileges;
 mod violation;
 
 pub use launcher::spawn_thread;
@@ -157,7 +157,7 @@ pub fn turn_on(jail: Option<(&jail::Jail, Option<&Path>)>) -> Result<(), Error> 
         jail.close_files(beside)?;
         JAILED.store(true, Ordering::Release);
     }
-    privileges::bound(CapabilitySet::empty())?;
+    privileges::bound_if_possible(CapabilitySet::empty())?;
     if let Some((jail, _)) = jail {
         jail.change_user()?;
     }

@@ -72,7 +72,8 @@ impl Limits {
         [self.bandwidth, self.operations].iter().flatten().all(Bucket::is_valid)
     }
 
-    fn is_none(&self) -> bool {
+    /// Whether there are none.
+    pub fn is_none(&self) -> bool {
         *self == Self::default()
     }
 }

@@ -1,26 +1,47 @@
 //! The entropy device (virtio 1.2 §5.4): random bytes from the host's kernel.
 
 use std::io;
+use std::sync::Arc;
+
+use event_manager::EventSet;
 
 use super::Chain;
-use super::device::{Activation, Device, Handled};
+use super::device::{Activation, Device, Handled, Source};
+use super::rate::{Limiter, Limits};
 use super::spec::rng;
 use super::state::{DeviceState, RestoreError};
 use crate::memory::Ram;
-use crate::sandbox;
+use crate::{metrics, sandbox};
 
 /// Bytes that one request gets at most; a driver that wants more asks again (§5.4.6 lets the device give fewer).
 const REQUEST_BYTES_MAX: usize = 4096;
 
+/// Token of the limiter's timer.
+const TIMER: u32 = 0;
+
 /// An entropy device.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Rng {
     /// While the driver is ready.
     ram: Option<Ram>,
+    limiter: Limiter,
+    counters: Arc<metrics::Device>,
     error_logged: bool,
 }
 
+impl Default for Rng {
+    fn default() -> Self {
+        Self::new(Limits::default())
+    }
+}
+
 impl Rng {
+    /// A device that gives no more than this.
+    pub fn new(limits: Limits) -> Self {
+        let counters = metrics::Device::new("rng", "", metrics::Own::Nothing);
+        Self { ram: None, limiter: Limiter::new(limits), counters, error_logged: false }
+    }
+
     /// Fills a request's buffer; returns how many bytes it got.
     fn fill(&mut self, ram: &Ram, chain: &Chain) -> u32 {
         let mut bytes = [0; REQUEST_BYTES_MAX];
@@ -56,18 +77,39 @@ impl Device for Rng {
         Vec::new()
     }
 
+    fn metrics(&self) -> Arc<metrics::Device> {
+        Arc::clone(&self.counters)
+    }
+
     fn walls(&self) -> sandbox::Kind {
         sandbox::Kind::Rng
     }
 
+    fn sources(&self) -> Vec<Source> {
+        let timer = self.limiter.fd().map(|fd| Source { fd, token: TIMER, events: EventSet::IN });
+        timer.into_iter().collect()
+    }
+
+    fn event(&mut self, _token: u32) {
+        self.limiter.fired();
+    }
+
     fn start(&mut self, activation: Activation) -> io::Result<()> {
+        if self.limiter.has_limits() {
+            self.limiter.start()?;
+        }
         self.ram = Some(activation.ram);
         Ok(())
     }
 
     fn handle(&mut self, _queue: u16, chain: Chain) -> Handled {
         let Some(ram) = self.ram.clone() else { return Handled::Done(chain, 0) };
+        if !self.limiter.ready() {
+            self.counters.limiter_waits.add(1);
+            return Handled::Wait(chain);
+        }
         let written = self.fill(&ram, &chain);
+        self.limiter.take(written.into());
         Handled::Done(chain, written)
     }
 
@@ -92,6 +134,7 @@ mod tests {
     use super::*;
     use crate::memory;
     use crate::virtio::mmio::Transport;
+    use crate::virtio::rate::Bucket;
     use crate::virtio::testing::{Desc, Driver, Ring};
 
     const RING: u64 = 0x1000;
@@ -105,9 +148,13 @@ mod tests {
 
     impl Rig {
         fn new() -> Self {
+            Self::with(Limits::default())
+        }
+
+        fn with(limits: Limits) -> Self {
             let ram = memory::allocate(16 << 20).unwrap();
             let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-            let transport = Transport::new(ram.clone(), Box::<Rng>::default(), irq).unwrap();
+            let transport = Transport::new(ram.clone(), Box::new(Rng::new(limits)), irq).unwrap();
             let ring = Ring::new(&ram, RING, 64);
             Driver(&transport).bring_up(u64::MAX, &[&ring]);
             Self { transport, ram, ring }
@@ -148,6 +195,29 @@ mod tests {
         assert_eq!(rig.request(&[Desc::writable(DATA, 1 << 20)]), 4096);
         assert_eq!(rig.bytes(DATA + 4096, 4096), [0; 4096]);
         assert_ne!(rig.bytes(DATA + 4096 - 16, 16), [0; 16]);
+    }
+
+    #[test]
+    fn requests_wait_for_what_their_limits_let_pass() {
+        // 1,000 requests a second of which one may pass at once, and bytes enough for ten of them.
+        let operations = Some(Bucket { size: 1, one_time_burst: 0, refill_time: 1 });
+        let bandwidth = Some(Bucket { size: 640, one_time_burst: 0, refill_time: 3_600_000 });
+        let mut rig = Rig::with(Limits { operations, bandwidth });
+        for _ in 0..10 {
+            assert_eq!(rig.request(&[Desc::writable(DATA, 64)]), 64);
+        }
+        rig.ring.send(&[Desc::writable(DATA, 64)]);
+        Driver(&rig.transport).notify(0);
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        assert_eq!(rig.ring.used_index(), 10, "the eleventh has to wait an hour");
+        // A driver that gives up is not kept waiting.
+        Driver(&rig.transport).reset();
+        rig.ring = Ring::new(&rig.ram, RING, 64);
+        Driver(&rig.transport).bring_up(0, &[&rig.ring]);
+        rig.ring.send(&[Desc::writable(DATA, 64)]);
+        Driver(&rig.transport).notify(0);
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        assert_eq!(rig.ring.used_index(), 0, "a reset fills no bucket");
     }
 
     #[test]

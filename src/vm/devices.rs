@@ -106,7 +106,7 @@ pub(super) fn open(
         devices.push(Box::new(Vsock::new(vsock.cid, UnixHost::listen(&vsock.socket).map_err(Error::Vsock)?)));
     }
     if config.rng {
-        devices.push(Box::<Rng>::default());
+        devices.push(Box::new(Rng::new(config.rng_limits)));
     }
     if let Some(balloon) = &config.balloon {
         let (device, handle) = Balloon::new(&balloon_options(balloon));

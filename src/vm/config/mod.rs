@@ -30,6 +30,7 @@ pub use crate::disk::{Cache as DiskCache, Io as DiskIo, Part as DiskPart};
 use crate::boot::BootProtocol;
 use crate::memory;
 use crate::platform::VIRTIO_GSIS;
+use crate::virtio::rate::Limits;
 use crate::virtio::vsock::unix::PATH_BYTES_MAX;
 
 /// The most vCPUs of a VM.
@@ -144,6 +145,9 @@ pub struct VmConfig {
     pub vsock: Option<Vsock>,
     /// Whether the guest gets random numbers from the host.
     pub rng: bool,
+    /// Limits on these.
+    #[serde(skip_serializing_if = "Limits::is_none")]
+    pub rng_limits: Limits,
     /// Network devices.
     pub nets: Vec<Net>,
     /// The metadata service.
@@ -177,6 +181,7 @@ impl Default for VmConfig {
             disks: vec![],
             vsock: None,
             rng: false,
+            rng_limits: Limits::default(),
             balloon: None,
             nets: vec![],
             mmds: None,
@@ -255,6 +260,9 @@ impl VmConfig {
             }
         }
         net::check(&self.nets)?;
+        if !self.rng_limits.is_valid() {
+            return Err(Error::Limits("rng-limits".into()));
+        }
         self.mmds.as_ref().map_or(Ok(()), |mmds| mmds.check(&self.nets))?;
         let mut tags = std::collections::BTreeSet::new();
         for share in &self.shares {
