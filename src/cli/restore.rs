@@ -11,7 +11,7 @@ use super::logging::{self, LogLevel};
 use super::walls::Walls;
 use crate::api::{self, Setup};
 use crate::sandbox::jail::Jail;
-use crate::sandbox::keeper::Side;
+use crate::sandbox::keeper::{Keeper, Side};
 use crate::vm::config::{SerialConfig, Size, VmConfig};
 use crate::vm::control::Load;
 use crate::vm::snapshot::{DiskOverride, NetOverride, Overrides, Place, Snapshot};
@@ -156,12 +156,12 @@ pub fn run(arguments: &RestoreArguments, mut timeline: Timeline) -> anyhow::Resu
             let place = Place::directory(directory);
             let load = Load { place, overrides, resume: !arguments.paused };
             let snapshot = opened.map_or_else(|| Snapshot::open(&load.place), Ok)?;
-            let (vm, config) = restore_opened(snapshot, &load, &mut timeline)?;
+            let (vm, config) = restore_opened(snapshot, &load, keeper.as_ref(), &mut timeline)?;
             (Built { vm, config, start: None }, socket)
         }
         (None, Some(socket)) => {
             let waiting = socket.wait(arguments.id.clone(), Setup::default())?;
-            match restore_with_clients(waiting, &overrides, &mut timeline)? {
+            match restore_with_clients(waiting, &overrides, keeper.as_ref(), &mut timeline)? {
                 Some(built) => (built, None),
                 None => return Ok(ExitCode::SUCCESS),
             }
@@ -181,15 +181,21 @@ pub fn run(arguments: &RestoreArguments, mut timeline: Timeline) -> anyhow::Resu
 
 /// Builds the VM that a snapshot is of.
 pub(super) fn restore(load: &Load, timeline: &mut Timeline) -> anyhow::Result<(Vm, VmConfig)> {
-    restore_opened(Snapshot::open(&load.place)?, load, timeline)
+    restore_opened(Snapshot::open(&load.place)?, load, None, timeline)
 }
 
 fn restore_opened(
     mut snapshot: Snapshot,
     load: &Load,
+    keeper: Option<&Keeper>,
     timeline: &mut Timeline,
 ) -> anyhow::Result<(Vm, VmConfig)> {
     snapshot.replace(&load.overrides)?;
+    if let (Some(keeper), Some(vsock)) = (keeper, &snapshot.config().vsock)
+        && let Err(error) = keeper.expect(&vsock.socket)
+    {
+        tracing::debug!(%error, "a kill from here on may leave {:?}", vsock.socket);
+    }
     timeline.mark("snapshot read");
     let mut vm = vm::restore(&snapshot, timeline)?;
     if !load.resume {
@@ -202,6 +208,7 @@ fn restore_opened(
 fn restore_with_clients(
     mut waiting: api::Waiting,
     overrides: &Overrides,
+    keeper: Option<&Keeper>,
     timeline: &mut Timeline,
 ) -> anyhow::Result<Option<Built>> {
     while let Some(mut start) = waiting.wait()? {
@@ -211,7 +218,8 @@ fn restore_with_clients(
         };
         load.overrides = load.overrides.or(overrides);
         timeline.mark("load asked for");
-        match restore(&load, timeline) {
+        let restored = Snapshot::open(&load.place).map_err(Into::into);
+        match restored.and_then(|snapshot| restore_opened(snapshot, &load, keeper, timeline)) {
             Ok((vm, config)) => return Ok(Some(Built { vm, config, start: Some((waiting, start)) })),
             Err(error) => start.refuse(format!("cannot load the snapshot: {error:#}")),
         }
