@@ -1,5 +1,7 @@
 //! VMs that are saved and go on elsewhere: what they keep, what is refused, and what is left when somebody is killed.
 
+#[path = "snapshot/kills.rs"]
+mod kills;
 #[path = "snapshot/linux.rs"]
 mod linux_guests;
 #[path = "snapshot/network.rs"]
@@ -9,7 +11,6 @@ mod shell;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rvmm::boot::testing::Program;
@@ -19,7 +20,7 @@ use crate::sandbox;
 use crate::support::api::Api;
 use crate::support::guest::{More, Tiny};
 use crate::support::monitor::Running;
-use crate::support::{Monitor, PATIENCE, binary, directory, has_kvm, image, is_root, tiny};
+use crate::support::{Monitor, PATIENCE, directory, has_kvm, image, is_root, tiny};
 
 const MIB: u64 = 1 << 20;
 /// Where the guest counts in memory.
@@ -401,81 +402,4 @@ fn snapshots_of_a_jail_lie_in_it() {
     running.send("q");
     running.wait(PATIENCE).exits(3);
     assert_eq!(names(&guest.path("jail/again/deep")), ["memory", "state"]);
-}
-
-/// Kills a VM at a random moment while it is being saved; then what is in the directory is restored.
-fn kill_at_random(rounds: u32) {
-    let mut first = Saved::start(&["--rng"]);
-    first.feed("abc");
-    let place = first.snapshot();
-    drop(first.running);
-    let mut seed = u64::from(std::process::id()) << 17 | 1;
-    let mut random = |below: u64| {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        seed % below
-    };
-    let mut least = 3;
-    for round in 0..rounds {
-        // A dead process's keeper may still be at work.
-        let socket = first.guest.path(&format!("kill{round}"));
-        let mut running = restore(&place).arg("--api-socket").arg(&socket).start_with_input();
-        running.send("x");
-        if random(4) > 0 {
-            running.expect("x");
-        }
-        let client = Command::new(binary())
-            .arg("snapshot")
-            .args([&socket, &place])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn();
-        let mut client = client.expect("a client");
-        std::thread::sleep(Duration::from_micros(random(60_000)));
-        running.signal(nix::sys::signal::Signal::SIGKILL);
-        drop(running);
-        client.wait().expect("a client");
-        // What it has begun to put in its place, its keeper finishes.
-        fs::File::open(&place).and_then(|directory| directory.lock()).expect("a directory");
-        let left = names(&place);
-        assert!(
-            left.contains(&"state".to_owned()) && left.contains(&"memory".to_owned()),
-            "{round}: {left:?}"
-        );
-        assert!(left.len() <= 4, "round {round} leaves {left:?}");
-
-        let mut running = restore(&place).start_with_input();
-        running.send("q");
-        let outcome = running.wait(PATIENCE);
-        let count = outcome.status.code().expect("a code") - 1;
-        // One round later there is one byte more, or what there was.
-        outcome.check((least..=least + 1).contains(&count), &format!("round {round}: {least}, then {count}"));
-        least = count;
-    }
-    // What a killed process has left goes away with the next snapshot.
-    let socket = first.guest.path("last");
-    let mut running = restore(&place).arg("--api-socket").arg(&socket).start_with_input();
-    running.send("x");
-    running.expect("x");
-    snapshot(&socket, &place);
-    assert_eq!(names(&place), ["memory", "state"]);
-    running.send("q");
-    running.wait(PATIENCE);
-}
-
-#[test]
-fn earlier_snapshot_survives_a_kill_at_any_moment() {
-    if has_kvm() {
-        kill_at_random(12);
-    }
-}
-
-#[test]
-#[ignore = "long: kills 200 VMs"]
-fn earlier_snapshot_survives_kills_at_200_moments() {
-    if has_kvm() {
-        kill_at_random(200);
-    }
 }

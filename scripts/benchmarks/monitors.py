@@ -31,11 +31,11 @@ class Guest:
 class Process:
     """A monitor that runs, with pipes to its output."""
 
-    def __init__(self, arguments, pass_fds=()):
+    def __init__(self, arguments, pass_fds=(), stdin=subprocess.DEVNULL):
         self.start_s = time.clock_gettime(time.CLOCK_MONOTONIC)
         self.popen = subprocess.Popen(
             arguments,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             pass_fds=pass_fds,

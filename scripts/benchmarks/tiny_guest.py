@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest kernel of a few instructions: it prints one byte on COM1 and powers off by rvmm's sleep register."""
+"""Guest kernels of a few instructions, which print on COM1 and power off by rvmm's sleep register."""
 
 import struct
 
@@ -15,10 +15,21 @@ def out(port, value):
     return b"\x66\xba" + struct.pack("<H", port) + b"\xb0" + bytes([value]) + b"\xee"
 
 
-def elf():
-    """The file, with a Linux and a PVH entry (which QEMU asks for)."""
+def await_byte():
+    """Waits for a byte from COM1, which takes some once its receive interrupt is enabled, and leaves it in AL."""
+    # again: mov dx, COM1 + 5; in al, dx; test al, 1; jz again; mov dx, COM1; in al, dx
+    wait = b"\x66\xba\xfd\x03\xec\xa8\x01\x74\xf7\x66\xba\xf8\x03\xec"
+    return out(COM1 + 1, 1) + wait
+
+
+def elf(waits=False):
+    """The file, with a Linux and a PVH entry (which QEMU asks for). The guest prints one byte, or another one too as soon
+    as it was sent one."""
     halt = b"\xf4\xeb\xfd"
-    code = out(COM1, ord("x")) + out(SLEEP_CONTROL, POWER_OFF) + halt
+    code = out(COM1, ord("x"))
+    if waits:
+        code += await_byte() + out(COM1, ord("y"))
+    code += out(SLEEP_CONTROL, POWER_OFF) + halt
     note = struct.pack("<III", 4, 4, PVH_NOTE) + b"Xen\0" + struct.pack("<I", CODE_ADDR)
     note_offset = 0x1000 + len(code) + -len(code) % 4
     header = b"\x7fELF\x02\x01\x01" + bytes(9)

@@ -14,7 +14,7 @@ use super::walls::Walls;
 use crate::api::{self, Setup};
 use crate::mmds::Store;
 use crate::sandbox::jail::Jail;
-use crate::sandbox::keeper::Side;
+use crate::sandbox::keeper::{Keeper, Side};
 use crate::vm::config::{SerialConfig, Size, VmConfig};
 use crate::vm::control::Load;
 use crate::vm::snapshot::{DiskOverride, NetOverride, Overrides, Place, ShareOverride, Snapshot};
@@ -183,12 +183,12 @@ pub fn run(arguments: &RestoreArguments, mut timeline: Timeline) -> anyhow::Resu
             let place = Place::directory(directory);
             let load = Load { place, overrides, resume: !arguments.paused };
             let snapshot = opened.map_or_else(|| Snapshot::open(&load.place), Ok)?;
-            let (vm, config) = restore_opened(snapshot, &load, &metadata, &mut timeline)?;
+            let (vm, config) = restore_opened(snapshot, &load, &metadata, keeper.as_ref(), &mut timeline)?;
             (Built { vm, config, start: None }, socket)
         }
         (None, Some(socket)) => {
             let waiting = socket.wait(arguments.id.clone(), setup)?;
-            match restore_with_clients(waiting, &outputs, &overrides, &mut timeline)? {
+            match restore_with_clients(waiting, &outputs, &overrides, keeper.as_ref(), &mut timeline)? {
                 Some(built) => (built, None),
                 None => return Ok(ExitCode::SUCCESS),
             }
@@ -212,16 +212,22 @@ pub(super) fn restore(
     metadata: &Arc<Store>,
     timeline: &mut Timeline,
 ) -> anyhow::Result<(Vm, VmConfig)> {
-    restore_opened(Snapshot::open(&load.place)?, load, metadata, timeline)
+    restore_opened(Snapshot::open(&load.place)?, load, metadata, None, timeline)
 }
 
 fn restore_opened(
     mut snapshot: Snapshot,
     load: &Load,
     metadata: &Arc<Store>,
+    keeper: Option<&Keeper>,
     timeline: &mut Timeline,
 ) -> anyhow::Result<(Vm, VmConfig)> {
     snapshot.replace(&load.overrides)?;
+    if let (Some(keeper), Some(vsock)) = (keeper, &snapshot.config().vsock)
+        && let Err(error) = keeper.expect(&vsock.socket)
+    {
+        tracing::debug!(%error, "a kill from here on may leave {:?}", vsock.socket);
+    }
     timeline.mark("snapshot read");
     let mut vm = vm::restore(&snapshot, metadata, timeline)?;
     if !load.resume {
@@ -235,6 +241,7 @@ fn restore_with_clients(
     mut waiting: api::Waiting,
     outputs: &Outputs<'_>,
     overrides: &Overrides,
+    keeper: Option<&Keeper>,
     timeline: &mut Timeline,
 ) -> anyhow::Result<Option<Built>> {
     let mut has_log = false;
@@ -251,7 +258,8 @@ fn restore_with_clients(
                 outputs.start_log(&setup)?;
             }
             outputs.open_metrics(&setup)?;
-            let (mut vm, config) = restore(&load, &setup.metadata, timeline)?;
+            let snapshot = Snapshot::open(&load.place)?;
+            let (mut vm, config) = restore_opened(snapshot, &load, &setup.metadata, keeper, timeline)?;
             if setup.metrics.is_some() {
                 vm.write_metrics(None);
             }

@@ -29,7 +29,7 @@ impl Walls<'_> {
         if self.no_sandbox || !(sockets || self.jail.is_some()) {
             return Ok(None);
         }
-        Ok(Some(keeper::start(self.jail)?))
+        Ok(Some(keeper::start(self.jail, self.api_socket)?))
     }
 
     /// Closes the doors behind a VM that is built.

@@ -2,7 +2,7 @@
 //!
 //! It opens images for drives that a client of the control socket changes, locks them, and hands over the descriptors;
 //! it makes the files of a snapshot, which have no names until the monitor has written them; and it removes the monitor's
-//! sockets when the monitor has ended, however it did. It opens nothing but regular files and block devices, and has a
+//! sockets when the monitor has ended, however it did and whenever: it hears of them before they are made. It opens nothing but regular files and block devices, and has a
 //! filter of its own. The monitor's guest cannot reach it but through the
 //! monitor; in a jail it opens only what is in the jail.
 //!
@@ -17,6 +17,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -43,12 +44,16 @@ const MESSAGE_BYTES: usize = 192 << 10;
 const ANSWER_BYTES: usize = 8 << 10;
 /// Sockets that are remembered.
 const FILES_MAX: usize = 16;
+/// How many milliseconds a monitor may take to die after it has let go of the keeper.
+const DYING_TRIES: usize = 2000;
 
 /// Numbers of a file: device and inode.
 type Numbers = (u64, u64);
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Request {
+    /// There will be a socket here, which is to be removed if the monitor ends before it says more.
+    Expect(PathBuf),
     /// Remove this file at the end, if it is the same then.
     Remember(PathBuf),
     /// Pages are written to this file.
@@ -102,8 +107,11 @@ pub enum Side {
     Keeper(ExitCode),
 }
 
-/// Starts the keeper. Called while there is one thread and as little as possible is open.
-pub fn start(jail: Option<&Jail>) -> Result<Side, Error> {
+/// Starts the keeper. Called while there is one thread and as little as possible is open. The monitor is about to make
+/// `socket`.
+pub fn start(jail: Option<&Jail>, socket: Option<&Path>) -> Result<Side, Error> {
+    // Where there is no such directory there will be no socket.
+    let expected = socket.and_then(|path| expect(path).ok()).into_iter().collect();
     let (ours, its) =
         rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .step("make a socket for the keeper")?;
@@ -117,18 +125,26 @@ pub fn start(jail: Option<&Jail>) -> Result<Side, Error> {
         }
         (Fork::Parent(child), Some(jail)) => {
             drop(ours);
-            Ok(Side::Keeper(serve(&its, Some((child, jail)))?))
+            Ok(Side::Keeper(serve(&its, Some((child, jail)), expected)?))
         }
         (Fork::Child, None) => {
             drop(ours);
             // Job control and Ctrl-C are the monitor's.
             let _ = rustix::process::setpgid(None, None);
-            Ok(Side::Keeper(serve(&its, None)?))
+            Ok(Side::Keeper(serve(&its, None, expected)?))
         }
     }
 }
 
 impl Keeper {
+    /// Tells of a socket that will be made.
+    pub fn expect(&self, path: &Path) -> io::Result<()> {
+        match self.ask(&Request::Expect(path.to_owned()))? {
+            (Answer::Failed(why), _) => Err(io::Error::other(why)),
+            _ => Ok(()),
+        }
+    }
+
     /// Has a file removed at the end.
     pub fn remember(&self, path: &Path) -> io::Result<()> {
         match self.ask(&Request::Remember(path.to_owned()))? {
@@ -293,12 +309,57 @@ struct Remembered {
 }
 
 fn remember(path: &Path) -> io::Result<Remembered> {
+    let mut file = remember_parent(path)?;
+    let stat = rustix::fs::statat(&file.directory, &file.name, AtFlags::SYMLINK_NOFOLLOW)?;
+    file.numbers = (stat.st_dev, stat.st_ino);
+    Ok(file)
+}
+
+/// A file that need not be there.
+fn remember_parent(path: &Path) -> io::Result<Remembered> {
     let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = rustix::fs::openat(CWD, parent, flags, Mode::empty())?;
-    let stat = rustix::fs::statat(&directory, &name, AtFlags::SYMLINK_NOFOLLOW)?;
-    Ok(Remembered { directory, name, numbers: (stat.st_dev, stat.st_ino) })
+    Ok(Remembered { directory, name, numbers: (0, 0) })
+}
+
+/// A socket that was not there yet, and what was there in its place.
+struct Expected {
+    socket: Remembered,
+    path: PathBuf,
+}
+
+fn expect(path: &Path) -> io::Result<Expected> {
+    let socket = remember(path).or_else(|_| remember_parent(path))?;
+    Ok(Expected { socket, path: path.to_owned() })
+}
+
+impl Expected {
+    /// Removes a socket that was made since, and on which nobody listens any more.
+    fn remove(&self) {
+        let Remembered { directory, name, numbers } = &self.socket;
+        let Ok(stat) = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) else { return };
+        let is_socket = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_socket();
+        let is_new = (stat.st_dev, stat.st_ino) != *numbers;
+        let is_dead = || {
+            let connected = std::os::unix::net::UnixStream::connect(&self.path);
+            connected.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+        };
+        // A process that dies closes one descriptor after the other.
+        let dies = || {
+            (0..DYING_TRIES).any(|_| {
+                let dead = is_dead();
+                if !dead {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                dead
+            })
+        };
+        if is_socket && is_new && dies() {
+            let _ = rustix::fs::unlinkat(directory, name, AtFlags::empty());
+        }
+    }
 }
 
 /// A file that is replaced as a whole.
@@ -338,7 +399,11 @@ impl Remembered {
 }
 
 /// The whole life of the keeper.
-fn serve(socket: &OwnedFd, child: Option<(Pid, &Jail)>) -> Result<ExitCode, Error> {
+fn serve(
+    socket: &OwnedFd,
+    child: Option<(Pid, &Jail)>,
+    mut expected: Vec<Expected>,
+) -> Result<ExitCode, Error> {
     let signals = child.is_some().then(take_signals).transpose().step("hand signals on")?;
     let _ = rustix::thread::set_name(c"rvmm-keeper");
     if child.is_none() {
@@ -376,6 +441,13 @@ fn serve(socket: &OwnedFd, child: Option<(Pid, &Jail)>) -> Result<ExitCode, Erro
             _ => break wait(child),
         };
         let (answer, file) = match request {
+            Ok(Request::Expect(path)) if !sealed && expected.len() < FILES_MAX => match expect(&path) {
+                Ok(socket) => {
+                    expected.push(socket);
+                    (Answer::Done, None)
+                }
+                Err(error) => (Answer::Failed(error.to_string()), None),
+            },
             Ok(Request::Remember(path)) if !sealed && files.len() < FILES_MAX => match remember(&path) {
                 Ok(file) => {
                     files.push(file);
@@ -421,6 +493,9 @@ fn serve(socket: &OwnedFd, child: Option<(Pid, &Jail)>) -> Result<ExitCode, Erro
         }
     };
     files.iter().for_each(Remembered::remove);
+    if !sealed {
+        expected.iter().for_each(Expected::remove);
+    }
     Ok(status)
 }
 
