@@ -4,6 +4,6 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let timeline = rvmm::vm::Timeline::start();
-    rvmm::memory::heap::use_one_arena();
+    rvmm::memory::own::use_one_arena();
     rvmm::cli::monitor(timeline)
 }

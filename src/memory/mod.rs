@@ -6,7 +6,8 @@
 
 pub mod file;
 pub mod guard;
-pub mod heap;
+pub mod own;
+
 mod release;
 
 pub use release::give_back;

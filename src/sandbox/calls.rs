@@ -312,7 +312,7 @@ const MAIN: &[Rule] = &[
     not_executable(libc::SYS_mmap), // the heap
     any(libc::SYS_munmap),          // the heap; guest memory at the end
     any(libc::SYS_mremap),          // the heap
-    any(libc::SYS_madvise),         // the heap, stacks
+    any(libc::SYS_madvise),         // the heap, stacks, what only the start needed
     any(libc::SYS_restart_syscall), // goes on waiting after the process was stopped
     any(libc::SYS_exit_group),      // the end
 ];

@@ -499,7 +499,7 @@ pub fn run(vm: Vm, timeline: &mut Timeline) -> Result<Ended, Error> {
     };
     let events = EventManager::<MainLoop>::new_with_capacity(8).map_err(Error::Events)?;
     sandbox::enter(sandbox::Kind::Main)?;
-    crate::memory::heap::give_back();
+    crate::memory::own::give_back();
     let main_loop = MainLoop {
         vm: vm.clone(),
         control,
