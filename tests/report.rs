@@ -304,3 +304,24 @@ fn command_makes_every_report_of_a_folder() {
     let diff = String::from_utf8(diff.stdout).unwrap();
     assert!(diff.contains("No difference found in") && !diff.contains("Worse"), "{diff}");
 }
+
+/// What the README shows of a comparison is what the results beside it say.
+#[test]
+fn readme_shows_the_table_of_the_results() {
+    let results = fs::read_dir(support::project("docs/results")).unwrap().flatten();
+    let mut folders: Vec<PathBuf> =
+        results.map(|entry| entry.path()).filter(|path| path.join("plan.json").exists()).collect();
+    folders.sort();
+    let readme = fs::read_to_string(support::project("README.md")).unwrap();
+    let shown = folders.iter().find(|folder| {
+        readme.contains(&format!("docs/results/{}", folder.file_name().unwrap().to_str().unwrap()))
+    });
+    let shown = shown.expect("the README names a folder of results");
+    let text = report::markdown(&summarise(&Results::open(shown).unwrap()));
+    let verdict = text.split("## ").find(|part| part.starts_with("Verdict")).unwrap();
+    let rows: Vec<&str> = verdict.lines().filter(|line| line.starts_with('|')).collect();
+    assert!(rows.len() > 3, "{verdict}");
+    for row in rows {
+        assert!(readme.contains(row), "README.md has no {row}");
+    }
+}

@@ -298,12 +298,13 @@ fn look_for(
                     Err(why) => info.left_out = Some(why),
                     Ok(version) => {
                         info.version = Some(version);
-                        let begun = Instant::now();
                         match try_once(context, &mut *executor) {
-                            Ok(()) => usable.push(executor),
+                            Ok(took) => {
+                                context.starts.borrow_mut().push(((*name).into(), took));
+                                usable.push(executor);
+                            }
                             Err(error) => info.left_out = Some(crate::error_chain(&error)),
                         }
-                        context.starts.borrow_mut().push(((*name).into(), begun.elapsed()));
                     }
                 }
             }
@@ -314,12 +315,14 @@ fn look_for(
     infos
 }
 
-fn try_once(context: &Context, executor: &mut dyn Executor) -> Result<(), probe::Error> {
+/// Makes an executor ready and runs something in it. Returns how long that took once it was ready.
+fn try_once(context: &Context, executor: &mut dyn Executor) -> Result<Duration, probe::Error> {
     executor.prepare(&context.spawner, &context.image)?;
+    let begun = Instant::now();
     let job: Job = context.helper(["micro", "syscall", "1"]);
     context.run_helper(executor, &job)?;
     context.commands.take();
-    Ok(())
+    Ok(begun.elapsed())
 }
 
 /// Why an executor of the catalogue is none of this version's.

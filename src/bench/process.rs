@@ -248,7 +248,7 @@ impl Running {
     /// Waits until it has ended.
     pub fn finish(&mut self, patience: Duration) -> Result<Finished, Error> {
         let deadline = Instant::now() + patience;
-        while !self.ended() {
+        while !self.has_ended() {
             self.pump(deadline, patience)?;
         }
         let at = Instant::now();
@@ -274,7 +274,8 @@ impl Running {
         last_line(&String::from_utf8_lossy(&self.said))
     }
 
-    fn ended(&self) -> bool {
+    /// Whether it has ended.
+    pub fn has_ended(&self) -> bool {
         let Some(pidfd) = &self.pidfd else { return true };
         let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
         poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)

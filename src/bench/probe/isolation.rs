@@ -171,7 +171,7 @@ fn crash_one(context: &Context, executor: &dyn Executor) -> Result<Option<f64>, 
     let invocation = executor.run(&job)?;
     context.note(&invocation);
     let mut running = context.spawner.spawn(&invocation)?;
-    let (line, at) = running.line(PATIENCE, |line| spoken(line))?;
+    let (line, at) = running.line(PATIENCE, spoken)?;
     if line.get("crash").is_none() {
         running.close_stdin();
         running.finish(PATIENCE)?;

@@ -136,7 +136,7 @@ fn measure(
 ) -> Result<Vec<Found>, Error> {
     let deadline = Instant::now() + PATIENCE;
     match kind.path {
-        Some(_) => drop(wait_for_http(context, port, deadline)?),
+        Some(_) => drop(wait_for_http(context, port, deadline, &|| true)?),
         None => wait_for_redis(context, port, deadline)?,
     }
     let processes = executor.processes(&context.spawner, instance)?;

@@ -209,7 +209,9 @@ fn first_http(context: &Context, executor: &dyn Executor) -> Result<Vec<Found>, 
     let begun = Instant::now();
     let instance = executor.start(&context.spawner, &job)?;
     let patience = if context.quick { QUICK_PATIENCE } else { PATIENCE };
-    let answered = wait_for_http(context, port, begun + patience);
+    // A command that stays with its instance has ended if that has.
+    let lives = || instance.running.as_ref().is_none_or(|running| !running.has_ended());
+    let answered = wait_for_http(context, port, begun + patience, &lives);
     executor.remove(&context.spawner, instance)?;
     Ok(vec![Found::number("first_http", (answered? - begun).as_secs_f64())])
 }
@@ -221,8 +223,13 @@ pub fn free_port() -> Result<u16, Error> {
     Ok(listener.local_addr().map_err(other)?.port())
 }
 
-/// Asks again and again until there is a whole answer.
-pub(super) fn wait_for_http(context: &Context, port: u16, deadline: Instant) -> Result<Instant, Error> {
+/// Asks again and again until there is a whole answer, as long as there is somebody to ask.
+pub(super) fn wait_for_http(
+    context: &Context,
+    port: u16,
+    deadline: Instant,
+    lives: &dyn Fn() -> bool,
+) -> Result<Instant, Error> {
     let ask = || -> std::io::Result<bool> {
         let mut stream = TcpStream::connect_timeout(&([127, 0, 0, 1], port).into(), Duration::from_secs(1))?;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
@@ -234,6 +241,9 @@ pub(super) fn wait_for_http(context: &Context, port: u16, deadline: Instant) -> 
     while Instant::now() < deadline {
         if matches!(ask(), Ok(true)) {
             return Ok(Instant::now());
+        }
+        if !lives() {
+            return Err(Error::Other("it ended before it answered".into()));
         }
         context.pause(Duration::from_millis(1))?;
     }

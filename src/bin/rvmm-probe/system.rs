@@ -180,18 +180,10 @@ fn filter(thread: i32, index: usize) -> io::Result<Option<Vec<Instruction>>> {
     }
     let empty = libc::sock_filter { code: 0, jt: 0, jf: 0, k: 0 };
     let mut program = vec![empty; usize::try_from(count).unwrap_or(0)];
+    let to = program.as_mut_ptr().cast::<libc::c_void>();
     // SAFETY: the thread is stopped and so its filter is still the one whose length was asked for, which `program` has.
-    result(
-        unsafe {
-            libc::ptrace(
-                PTRACE_SECCOMP_GET_FILTER,
-                thread,
-                place,
-                program.as_mut_ptr().cast::<libc::c_void>(),
-            )
-        }
-        .min(0),
-    )?;
+    let written = unsafe { libc::ptrace(PTRACE_SECCOMP_GET_FILTER, thread, place, to) };
+    result(written.min(0))?;
     let instruction =
         |one: libc::sock_filter| Instruction { code: one.code, then: one.jt, otherwise: one.jf, k: one.k };
     Ok(Some(program.into_iter().map(instruction).collect()))

@@ -431,8 +431,11 @@ fn within(series: &Series, low: f64, high: f64) -> Says {
         Some(interval) if inside(interval.low) == inside(interval.high) => {
             says(inside(series.quantiles.median))
         }
-        // Of few samples, all lie on one side.
-        None if inside(series.quantiles.min) == inside(series.quantiles.max) => {
+        // Few samples say it if all of them lie on one side, and by a factor of two.
+        None if inside(series.quantiles.min / 2.0) == inside(series.quantiles.max * 2.0)
+            && inside(series.quantiles.min) == inside(series.quantiles.max)
+            && inside(series.quantiles.min) == inside(series.quantiles.max * 2.0) =>
+        {
             says(inside(series.quantiles.median))
         }
         _ => Says::Unsure,
