@@ -143,6 +143,33 @@ fn configuration_space_has_tag_and_queues() {
 }
 
 #[test]
+fn device_is_saved_until_its_server_was_asked_and_restored_by_its_tag() {
+    let mut rig = Rig::new();
+    let saved = |rig: &Rig| {
+        rig.transport.pause(PATIENCE).unwrap();
+        let state = rig.transport.save();
+        rig.transport.resume();
+        state
+    };
+    let state = saved(&rig).unwrap();
+    let restored = |tag: &str| {
+        let (ours, its) = UnixStream::pair().unwrap();
+        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+        let device = Box::new(Fs::new(ours, &FsOptions { tag: tag.into(), queues: 1 }));
+        let mut transport = Transport::new(rig.ram.clone(), device, irq).unwrap();
+        (transport.restore(state.clone()), its)
+    };
+    assert_eq!(restored("files").0, Ok(()));
+    assert_eq!(restored("others").0, Err(RestoreError::Nonsense(ID)));
+
+    rig.ask(0, &request(opcode::LOOKUP, 1, BODY));
+    let seen = rig.serve();
+    rig.answer(&seen, 0, b"x");
+    rig.rings[1].wait_used();
+    assert!(saved(&rig).is_err());
+}
+
+#[test]
 fn framing_does_not_matter() {
     let mut rig = Rig::new();
     let bytes = request(opcode::LOOKUP, 5, BODY);
