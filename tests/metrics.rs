@@ -32,8 +32,8 @@ print(json.dumps(samples))
 
 /// Whether Prometheus' client library for Python is here; says so if not.
 fn has_parser() -> bool {
-    let there = has_tool("python3")
-        && Command::new("python3")
+    let there = has_tool("/usr/bin/python3")
+        && Command::new("/usr/bin/python3")
             .args(["-c", "import prometheus_client.parser"])
             .output()
             .is_ok_and(|output| output.status.success());
@@ -45,7 +45,7 @@ fn has_parser() -> bool {
 
 /// The samples of a page.
 fn parse(page: &Path) -> BTreeMap<String, f64> {
-    let samples = tool("python3", &["-c", PARSER, page.to_str().expect("a path of ASCII")]);
+    let samples = tool("/usr/bin/python3", &["-c", PARSER, page.to_str().expect("a path of ASCII")]);
     serde_json::from_str(&samples).expect("numbers")
 }
 
@@ -82,7 +82,7 @@ fn counters_match_what_fio_and_iperf3_did() {
     let script = Script::new(
         r#"
 ip link set eth0 up; ip addr add 10.77.9.2/24 dev eth0
-number() { sed -n "/\"$1\"/,/}/s/.*\"$2\":[^0-9]*\([0-9]*\).*/\1/p" $3 | head -n 1; }
+number() { sed -n "/\"$1\"/,/}/s/.*\"$2\"[^0-9]*\([0-9]*\).*/\1/p" $3 | head -n 1; }
 fio --name=m --filename=/dev/vdc --size=48m --io_size=8m --rw=randrw --bs=4k --ioengine=psync --direct=1 \
     --output-format=json >/tmp/fio
 report read-bytes $(number read io_bytes /tmp/fio); report read-count $(number read total_ios /tmp/fio)

@@ -92,8 +92,8 @@ report id "$(get /latest/meta-data/id "X-metadata-token: $token")""#
     let first = Script::new(&format!(
         r#"{GET}
 report id $(get /latest/meta-data/id)
-report names $(get /latest/meta-data)
-report json $(get /latest/meta-data 'Accept: application/json')
+report names "$(echo $(get /latest/meta-data))"
+report json "$(get /latest/meta-data 'Accept: application/json')"
 report missing "$(get /nothing)"
 report number "$(get /latest/n)"
 get /long >/tmp/long; report long $(wc -c </tmp/long)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest kernel of a few instructions: it prints one byte on COM1 and powers off by rvmm's sleep register."""
+"""A guest kernel of a few instructions: it prints one byte on COM1 and, unless it is to stay, powers off by rvmm's sleep register."""
 
 import struct
 
@@ -15,10 +15,10 @@ def out(port, value):
     return b"\x66\xba" + struct.pack("<H", port) + b"\xb0" + bytes([value]) + b"\xee"
 
 
-def elf():
+def elf(stays=False):
     """The file, with a Linux and a PVH entry (which QEMU asks for)."""
     halt = b"\xf4\xeb\xfd"
-    code = out(COM1, ord("x")) + out(SLEEP_CONTROL, POWER_OFF) + halt
+    code = out(COM1, ord("x")) + (b"" if stays else out(SLEEP_CONTROL, POWER_OFF)) + halt
     note = struct.pack("<III", 4, 4, PVH_NOTE) + b"Xen\0" + struct.pack("<I", CODE_ADDR)
     note_offset = 0x1000 + len(code) + -len(code) % 4
     header = b"\x7fELF\x02\x01\x01" + bytes(9)
