@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::support::api::Api;
-use crate::support::{Monitor, Script, directory, has_kvm, kvm_kind, linux};
+use crate::support::guest::More;
+use crate::support::{Monitor, PATIENCE, Script, directory, has_kvm, kvm_kind, linux, tiny};
+use rvmm::boot::testing::Program;
 use rvmm::kvm::kind::Kind;
 
 use crate::net::{Made, has_network};
@@ -92,8 +94,8 @@ report id "$(get /latest/meta-data/id "X-metadata-token: $token")""#
     let first = Script::new(&format!(
         r#"{GET}
 report id $(get /latest/meta-data/id)
-report names $(get /latest/meta-data)
-report json $(get /latest/meta-data 'Accept: application/json')
+report names "$(echo $(get /latest/meta-data))"
+report json "$(get /latest/meta-data 'Accept: application/json')"
 report missing "$(get /nothing)"
 report number "$(get /latest/n)"
 get /long >/tmp/long; report long $(wc -c </tmp/long)
@@ -135,4 +137,39 @@ report new "$(get /new "X-aws-ec2-metadata-token: $token")""#
     let third = Script::new(&format!("{GET}\nreport host \"$(get /latest)\""));
     third.run(linux.monitor().args(["--net", "tap=rvmmds"])).exits(0).reports("host", "host");
     assert_eq!(leaked.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn snapshot_keeps_the_service_and_not_its_metadata() {
+    if !has_kvm() || !has_network() {
+        return;
+    }
+    let guest = tiny(&Program::new().listen().print("ready\n").echo_until(b'q').power_off());
+    let (metadata, place) = (guest.path("metadata"), guest.path("snapshot"));
+    std::fs::write(&metadata, r#"{"secret": "of the first"}"#).expect("a file");
+    let api = Api::new(&guest.path("first"));
+    let mmds = format!("net=eth0,version=V2,address={ADDRESS},imds-compat");
+    let monitor = guest.monitor().args(["--net", "tap=rvmmsnap,id=eth0", "--mmds", &mmds, "--metadata"]);
+    let mut first = monitor.arg(&metadata).arg("--api-socket").arg(&api.path).start_with_input();
+    first.expect("ready");
+    assert_eq!(api.get("/mmds"), serde_json::json!({"secret": "of the first"}));
+    let config = api.get("/vm/config")["mmds-config"].clone();
+    assert_eq!(
+        config,
+        serde_json::json!({"version": "V2", "network_interfaces": ["eth0"], "ipv4_address": ADDRESS, "imds_compat": true})
+    );
+    Monitor::new().arg("snapshot").arg(&api.path).arg(&place).run().exits(0);
+    first.send("q");
+    first.wait(PATIENCE).exits(0);
+
+    let api = Api::new(&guest.path("second"));
+    let mut second =
+        Monitor::new().arg("restore").arg(&place).arg("--api-socket").arg(&api.path).start_with_input();
+    assert_eq!(api.get("/vm/config")["mmds-config"], config);
+    assert_eq!(api.get("/mmds"), serde_json::json!({}));
+    api.refuses("PATCH", "/mmds", "{}", 400, "not initialized");
+    second.send("q");
+    second.wait(PATIENCE).exits(0);
+    let bytes = std::fs::read(place.join("state")).expect("a state file");
+    assert!(!bytes.windows(12).any(|part| part == b"of the first"), "metadata are in the snapshot");
 }

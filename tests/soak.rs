@@ -163,7 +163,8 @@ fn soak(time: Duration, tap: &str) {
     let net = format!("tap={tap}");
     let monitor =
         monitor.args(["--disk", &disk("load", "load"), "--disk", &disk("a", "other"), "--net", &net]);
-    let monitor = monitor.args(["--balloon", "--rng", "--metrics-path"]).arg(path("metrics"));
+    let monitor =
+        monitor.args(["--balloon", "--rng", "--log-level", "debug", "--metrics-path"]).arg(path("metrics"));
     let mut running = monitor.arg("--api-socket").arg(&api.path).start_with_input();
     running.expect_within("ready=1", LINUX_PATIENCE);
 

@@ -22,14 +22,16 @@ def await_byte():
     return out(COM1 + 1, 1) + wait
 
 
-def elf(waits=False):
+def elf(waits=False, stays=False):
     """The file, with a Linux and a PVH entry (which QEMU asks for). The guest prints one byte, or another one too as soon
-    as it was sent one."""
+    as it was sent one. Then it powers off, unless it is to stay."""
     halt = b"\xf4\xeb\xfd"
     code = out(COM1, ord("x"))
     if waits:
         code += await_byte() + out(COM1, ord("y"))
-    code += out(SLEEP_CONTROL, POWER_OFF) + halt
+    if not stays:
+        code += out(SLEEP_CONTROL, POWER_OFF)
+    code += halt
     note = struct.pack("<III", 4, 4, PVH_NOTE) + b"Xen\0" + struct.pack("<I", CODE_ADDR)
     note_offset = 0x1000 + len(code) + -len(code) % 4
     header = b"\x7fELF\x02\x01\x01" + bytes(9)

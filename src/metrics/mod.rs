@@ -201,17 +201,17 @@ pub mod mmds {
     /// Requests for metadata without a token.
     pub static NO_TOKENS: Counter = Counter::new();
 
-    /// All, with their names.
-    pub const ALL: [(&str, &Counter); 9] = [
-        ("frames_received", &RECEIVED),
-        ("frames_sent", &SENT),
-        ("frames_lost", &LOST),
-        ("connections", &CONNECTIONS),
-        ("requests", &REQUESTS),
-        ("refused", &REFUSED),
-        ("tokens", &TOKENS),
-        ("invalid_tokens", &INVALID_TOKENS),
-        ("no_tokens", &NO_TOKENS),
+    /// All, with their names and what they count.
+    pub const ALL: [(&str, &str, &Counter); 9] = [
+        ("frames_received", "Frames from guests to the metadata service.", &RECEIVED),
+        ("frames_sent", "Frames from the metadata service to guests.", &SENT),
+        ("frames_lost", "Frames that the metadata service had no room for.", &LOST),
+        ("connections", "Connections to the metadata service that are over.", &CONNECTIONS),
+        ("requests", "Requests to the metadata service.", &REQUESTS),
+        ("refused", "Requests to the metadata service that got an error.", &REFUSED),
+        ("tokens", "Tokens that the metadata service gave out.", &TOKENS),
+        ("invalid_tokens", "Requests for metadata with a token that does not hold.", &INVALID_TOKENS),
+        ("no_tokens", "Requests for metadata without a token.", &NO_TOKENS),
     ];
 }
 

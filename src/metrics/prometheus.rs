@@ -109,10 +109,10 @@ pub(super) fn text_of(devices: &[Arc<Device>], timeline: &[Moment]) -> String {
             page.sample(&name, &[("device", device.kind), ("id", &device.id)], counter(device).get());
         }
     }
-    let name = "rvmm_mmds_total";
-    page.family(name, "counter", "What the metadata service did.");
-    for (kind, counter) in mmds::ALL {
-        page.sample(name, &[("kind", kind)], counter.get());
+    for (name, help, counter) in mmds::ALL {
+        let name = format!("rvmm_mmds_{name}_total");
+        page.family(&name, "counter", help);
+        page.sample(&name, &[], counter.get());
     }
     block(&mut page, devices);
     net(&mut page, devices);

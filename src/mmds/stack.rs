@@ -166,9 +166,9 @@ impl Stack {
     pub fn due(&mut self) -> Option<Duration> {
         let now = self.began.elapsed();
         let patience = |connection: &Connection| (connection.moved + PATIENCE).saturating_sub(now);
-        let listens =
+        let is_used =
             |connection: &&Connection| !self.sockets.get::<Socket<'_>>(connection.socket).is_listening();
-        let silent = self.connections.iter().filter(listens).map(patience).min();
+        let silent = self.connections.iter().filter(is_used).map(patience).min();
         if self.wire.outgoing.len() >= FRAMES_MAX {
             return silent;
         }
