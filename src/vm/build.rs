@@ -165,7 +165,10 @@ fn assemble(config: &VmConfig, saved: Option<&Snapshot>, timeline: &mut Timeline
     timeline.mark("kernel loaded");
 
     let mut vm = kvm.create_vm()?;
-    vm.set_memory(&ram)?;
+    vm.set_memory(&ram, config.track_dirty_pages)?;
+    if config.track_dirty_pages {
+        memory::dirty::start(&ram);
+    }
     vm.create_interrupt_controllers()?;
     let reports_instructions = vm.exit_on_emulation_failure()?;
     tracing::debug!("KVM reports instructions that it cannot emulate: {reports_instructions}");
@@ -278,6 +281,7 @@ fn assemble(config: &VmConfig, saved: Option<&Snapshot>, timeline: &mut Timeline
             // One that was saved goes on when its devices are told to.
             state: if saved.is_some() { State::Paused } else { State::Running },
             keeper: None,
+            base: saved.map(|saved| saved.layers().to_vec()),
         },
         metrics: None,
         shutdown_timeout: Duration::from_secs(config.shutdown_timeout),

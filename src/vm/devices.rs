@@ -109,7 +109,7 @@ pub(super) fn open(config: &VmConfig) -> Result<(Vec<Box<dyn Device>>, Handles),
         devices.push(Box::new(device));
     }
     for (index, net) in config.nets.iter().enumerate() {
-        let device = open_net(net, net.id(index))?;
+        let device = open_net(net, net.id(index), config.track_dirty_pages)?;
         let (receive_limits, transmit_limits) = device.limit_handles();
         handles.nets.push(NetHandle { id: net.id(index), receive_limits, transmit_limits });
         devices.push(Box::new(device));
@@ -151,7 +151,7 @@ fn open_image(disk: &config::Disk, options: &disk::Options) -> Result<disk::Imag
     disk::open_parts(parts, options)
 }
 
-fn open_net(net: &config::Net, id: String) -> Result<Net, Error> {
+fn open_net(net: &config::Net, id: String, tracked: bool) -> Result<Net, Error> {
     let tap = tap::open(&tap::Options {
         name: net.tap.clone(),
         netns: net.netns.clone(),
@@ -175,7 +175,9 @@ fn open_net(net: &config::Net, id: String) -> Result<Net, Error> {
     }
     let (receive_limits, transmit_limits) = (net.rx_limits, net.tx_limits);
     let options = NetOptions { id, mtu: net.mtu, receive_limits, transmit_limits, ..NetOptions::new(mac.0) };
-    Ok(Net::new(tap, open_vhost(net)?, &options))
+    // What the host's kernel writes, nobody would know of.
+    let vhost = if tracked { None } else { open_vhost(net)? };
+    Ok(Net::new(tap, vhost, &options))
 }
 
 fn open_vhost(net: &config::Net) -> Result<Option<Vhost>, Error> {

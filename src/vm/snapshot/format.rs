@@ -16,7 +16,7 @@ use super::state::MachineState;
 
 /// Version of the format. It grows with every change of what is saved: a state that is half understood is worse than
 /// none.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 const MAGIC: [u8; 8] = *b"RVMMSNAP";
 const VERSION_AT: usize = 8;
