@@ -197,6 +197,11 @@ impl Writing {
     /// Makes the snapshot durable, when all is written, and puts it in its place. Then the earlier one's memory is
     /// removed.
     pub fn finish(self) -> Result<(), Error> {
+        self.finish_keeping(&[])
+    }
+
+    /// The same, for a snapshot that needs more files with these names.
+    pub fn finish_keeping(self, keep: &[String]) -> Result<(), Error> {
         let Writing { place, directory, _lock, id, memory, state } = self;
         let name = format!("{MEMORY}{id}");
         match &place.memory {
@@ -212,7 +217,9 @@ impl Writing {
         durable.map_err(fail("write", &directory))?;
         // Only where the directory is a snapshot's own: elsewhere other state files may need theirs.
         if place.memory.is_none() && place.state.file_name().is_some_and(|file| file == STATE) {
-            clean(&directory, |found| found.starts_with(MEMORY) && found != name);
+            clean(&directory, |found| {
+                found.starts_with(MEMORY) && found != name && keep.iter().all(|kept| kept != found)
+            });
         }
         Ok(())
     }

@@ -1,5 +1,7 @@
 //! VMs that are saved and go on elsewhere: what they keep, what is refused, and what is left when somebody is killed.
 
+#[path = "snapshot/changes.rs"]
+mod changes;
 #[path = "snapshot/kills.rs"]
 mod kills;
 #[path = "snapshot/linux.rs"]

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::mmds;
 use crate::vm::config::{self, Cpu, CpuTemplate, DiskCache, DiskIo, VmConfig};
-use crate::vm::control::{BalloonReport, Bucket, Limits, LimitsChange, Load, State};
+use crate::vm::control::{BalloonReport, Bucket, Command, Limits, LimitsChange, Load, State};
 use crate::vm::snapshot::{DiskOverride, NetOverride, Overrides, Place};
 
 /// Answer to `GET /`.
@@ -74,12 +74,11 @@ enum SnapshotType {
 }
 
 impl SnapshotCreate {
-    pub fn place(self) -> Result<Place, &'static str> {
+    pub fn command(self) -> Command {
+        let place = Place { state: self.snapshot_path, memory: self.mem_file_path };
         match self.snapshot_type {
-            None | Some(SnapshotType::Full) => {
-                Ok(Place { state: self.snapshot_path, memory: self.mem_file_path })
-            }
-            Some(SnapshotType::Diff) => Err("there are no differential snapshots: ask for a full one"),
+            None | Some(SnapshotType::Full) => Command::Save(place),
+            Some(SnapshotType::Diff) => Command::SaveChanges(place),
         }
     }
 }
@@ -140,9 +139,6 @@ struct VsockOverride {
 
 impl SnapshotLoad {
     pub fn load(self) -> Result<Load, &'static str> {
-        if self.enable_diff_snapshots || self.track_dirty_pages {
-            return Err("there are no differential snapshots, so pages that change are not tracked");
-        }
         let memory = match (self.mem_file_path, self.mem_backend) {
             (Some(_), Some(_)) => return Err("mem_file_path and mem_backend say the same; give one of them"),
             (_, Some(MemoryBackend { backend_type: BackendType::Uffd, .. })) => {
@@ -165,6 +161,7 @@ impl SnapshotLoad {
             disks: self.drive_overrides.into_iter().map(disk).collect(),
             nets: self.network_overrides.into_iter().map(net).collect(),
             vsock: self.vsock_override.map(|socket| socket.uds_path),
+            track_dirty_pages: self.track_dirty_pages || self.enable_diff_snapshots,
             ..Overrides::default()
         };
         Ok(Load { place: Place { state: self.snapshot_path, memory }, overrides, resume: self.resume_vm })
@@ -339,7 +336,7 @@ impl MachineConfiguration {
             vcpu_count: config.cpus,
             mem_size_mib: config.memory.bytes() >> 20,
             smt: false,
-            track_dirty_pages: false,
+            track_dirty_pages: config.track_dirty_pages,
             huge_pages: "None",
         }
     }

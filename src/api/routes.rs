@@ -234,9 +234,7 @@ pub fn route(method: &str, path: &str, body: &[u8]) -> Result<Route, Fault> {
         ("PUT", ["logger"]) => Route::Part(Part::Logger(parse(body)?)),
         ("PUT", ["metrics"]) => Route::Part(Part::Metrics(parse(body)?)),
         ("PUT", ["serial"]) => Route::Part(Part::Serial(parse(body)?)),
-        ("PUT", ["snapshot", "create"]) => {
-            done(Command::Save(parse::<SnapshotCreate>(body)?.place().map_err(Fault::bad_request)?))
-        }
+        ("PUT", ["snapshot", "create"]) => done(parse::<SnapshotCreate>(body)?.command()),
         ("PUT", ["snapshot", "load"]) => {
             Route::Load(Box::new(parse::<SnapshotLoad>(body)?.load().map_err(Fault::bad_request)?))
         }
@@ -394,13 +392,16 @@ mod tests {
         let place = |memory: Option<&str>| Place { state: "s".into(), memory: memory.map(Into::into) };
         let body = r#"{"snapshot_type":"Full","snapshot_path":"s","mem_file_path":"m"}"#;
         assert_eq!(command("PUT", "/snapshot/create", body), Command::Save(place(Some("m"))));
+        let body = r#"{"snapshot_type":"Diff","snapshot_path":"s"}"#;
+        assert_eq!(command("PUT", "/snapshot/create", body), Command::SaveChanges(place(None)));
         let body = r#"{"snapshot_path":"s","mem_backend":{"backend_type":"File","backend_path":"m"},
-            "resume_vm":true,"network_overrides":[{"iface_id":"e","host_dev_name":"t"}],
+            "resume_vm":true,"track_dirty_pages":true,"network_overrides":[{"iface_id":"e","host_dev_name":"t"}],
             "vsock_override":{"uds_path":"v"}}"#;
         let Ok(Route::Load(load)) = route("PUT", "/snapshot/load", body.as_bytes()) else {
             panic!("not a load")
         };
         assert_eq!((load.place, load.resume), (place(Some("m")), true));
+        assert!(load.overrides.track_dirty_pages);
         assert_eq!((load.overrides.nets[0].tap.as_str(), load.overrides.vsock), ("t", Some("v".into())));
     }
 
@@ -442,9 +443,7 @@ mod tests {
             ("PUT", "/mmds/config", r#"{"network_interfaces":[],"ipv4_address":""}"#, "invalid IPv4"),
             ("GET", "/mmds/config", "", "Invalid request"),
             ("PUT", "/snapshot/create", "{}", "missing field `snapshot_path`"),
-            ("PUT", "/snapshot/create", r#"{"snapshot_type":"Diff","snapshot_path":"s"}"#, "differential"),
             ("PUT", "/snapshot/create", r#"{"snapshot_path":"s","x":1}"#, "unknown field `x`"),
-            ("PUT", "/snapshot/load", r#"{"snapshot_path":"s","track_dirty_pages":true}"#, "differential"),
             (
                 "PUT",
                 "/snapshot/load",

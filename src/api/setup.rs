@@ -409,9 +409,9 @@ fn set_machine(config: &mut VmConfig, machine: MachineConfig) -> Result<(), Stri
                 .ok_or("The memory size (MiB) is either 0, or not a multiple of the configured page size.")?,
         );
     }
+    config.track_dirty_pages = machine.track_dirty_pages.unwrap_or(config.track_dirty_pages);
     for (wanted, what) in [
         (machine.smt == Some(true), "smt"),
-        (machine.track_dirty_pages == Some(true), "track_dirty_pages"),
         (machine.huge_pages.is_some_and(|pages| pages != "None"), "huge_pages"),
     ] {
         if wanted {

@@ -100,6 +100,9 @@ pub struct BootArguments {
     /// Size of the guest's memory, with a unit: 512M, 2G [default: 256M]
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
+    /// Note which pages of memory change, so that `rvmm snapshot --diff` saves no others
+    #[arg(long)]
+    track_dirty_pages: bool,
     /// Connections between guest and host (virtio-vsock), through a unix socket that rvmm makes
     ///
     /// cid=N,socket=PATH. A program on the host connects to PATH, sends "CONNECT PORT\n" and gets "OK HOSTPORT\n" when
@@ -271,6 +274,7 @@ impl BootArguments {
         config.shares.extend(self.share.iter().cloned());
         config.cpus = self.cpus.unwrap_or(config.cpus);
         config.memory = self.memory.unwrap_or(config.memory);
+        config.track_dirty_pages |= self.track_dirty_pages;
         config.vsock = self.vsock.clone().or(config.vsock);
         config.rng |= self.rng;
         config.balloon = self.balloon.clone().or(config.balloon);

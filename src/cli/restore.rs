@@ -51,6 +51,9 @@ pub struct RestoreArguments {
     /// How much memory the balloon asks the guest for
     #[arg(long, value_name = "SIZE")]
     balloon: Option<Size>,
+    /// Note which pages of memory change, so that `rvmm snapshot --diff` saves no others
+    #[arg(long)]
+    track_dirty_pages: bool,
     /// Do not let the VM go on until it is told to, at the API socket
     #[arg(long, requires = "api_socket")]
     paused: bool,
@@ -89,6 +92,7 @@ impl RestoreArguments {
             serial: self.serial.clone(),
             console: self.console.clone(),
             balloon: self.balloon,
+            track_dirty_pages: self.track_dirty_pages,
         }
     }
 }

@@ -19,13 +19,19 @@ pub struct SnapshotArguments {
     /// Directory for the snapshot; it is made if it is not there
     #[arg(value_name = "DIR")]
     directory: PathBuf,
+    /// Write only the memory that has changed since the VM was saved or restored last
+    ///
+    /// The earlier snapshot's memory file is needed from then on. Without `--track-dirty-pages`, a restored VM is compared
+    /// with the snapshot that it came from, and one that was booted is saved whole.
+    #[arg(long)]
+    diff: bool,
 }
 
 /// Saves a VM.
 pub fn run(arguments: &SnapshotArguments) -> anyhow::Result<ExitCode> {
     // The VM may have another working directory.
     let place = Place::directory(&std::path::absolute(&arguments.directory)?);
-    let body = json!({ "snapshot_type": "Full", "snapshot_path": place.state }).to_string();
+    let body = json!({ "snapshot_type": if arguments.diff { "Diff" } else { "Full" }, "snapshot_path": place.state }).to_string();
     client::put(&arguments.socket, "/snapshot/create", &body)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -27,7 +27,7 @@ const CHUNK: usize = 64 * PAGE_SIZE as usize;
 const PAGE: usize = PAGE_SIZE as usize;
 /// Bits of an entry in `/proc/self/pagemap`: in memory, in swap space.
 const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
-const PAGEMAP_ENTRY_BYTES: usize = 8;
+pub(super) const PAGEMAP_ENTRY_BYTES: usize = 8;
 /// Pages that are asked about at once.
 const WINDOW_PAGES: usize = 8192;
 
@@ -56,6 +56,9 @@ pub enum Error {
     /// It cannot be mapped.
     #[error("cannot map the memory file")]
     Map(#[source] super::Error),
+    /// A list of pages that cannot be.
+    #[error("the memory file's list of changed pages is wrong")]
+    Changes,
     /// Memory of a size that no VM has.
     #[error("{0} bytes of guest memory cannot be")]
     Size(u64),
@@ -69,7 +72,7 @@ pub fn prepare_to_write() {
     pagemap();
 }
 
-fn pagemap() -> Option<&'static File> {
+pub(super) fn pagemap() -> Option<&'static File> {
     let open = || match File::open("/proc/self/pagemap") {
         Ok(file) => Some(file),
         Err(error) => {

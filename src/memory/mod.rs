@@ -4,6 +4,8 @@
 //! host kernel is given raw iovecs.
 #![allow(unsafe_code)]
 
+pub mod changes;
+pub mod dirty;
 pub mod file;
 pub mod guard;
 pub mod own;

@@ -68,6 +68,7 @@ fn give_back_from(
         let (start, end) = (first.max(base), last.min(base.saturating_add(region.len())));
         if start < end {
             let host = region.as_ptr() as usize + (start - base) as usize;
+            super::dirty::mark(start, end - start);
             // SAFETY: the range lies in one region of `ram` (cut to it above), which keeps it mapped, and consists of
             // whole pages, since regions start and end at page boundaries. No Rust reference points into it.
             unsafe { free(pieces, host, host + (end - start) as usize) }?;

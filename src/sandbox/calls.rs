@@ -266,6 +266,7 @@ const MAIN_IOCTLS: &[u64] = &[
     0xc208_ae62, // KVM_GET_IRQCHIP
     0x8070_ae9f, // KVM_GET_PIT2
     0x8030_ae7c, // KVM_GET_CLOCK
+    0x4010_ae42, // KVM_GET_DIRTY_LOG
 ];
 
 /// The main thread: the event loop, and the end.
@@ -287,7 +288,7 @@ const MAIN: &[Rule] = &[
     this_process(libc::SYS_tgkill),          // interrupts vCPUs; stops itself when the user types Ctrl-Z
     any(libc::SYS_gettid),                   // the same
     any(libc::SYS_getpgrp),                  // whether the terminal is another's
-    one_of(libc::SYS_ioctl, 1, MAIN_IOCTLS), // the terminal; the size of a disk; interrupt controllers of a VM that is saved
+    one_of(libc::SYS_ioctl, 1, MAIN_IOCTLS), // the terminal; the size of a disk; interrupt controllers and changed pages of a VM that is saved
     any(libc::SYS_fstat),                    // whether a disk's image has grown
     one_of(libc::SYS_fcntl, 1, &[libc::F_GETFL as u64, libc::F_SETFL as u64]), // an image that was handed in
     any(libc::SYS_statx),                    // whether a disk's image has grown

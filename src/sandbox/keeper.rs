@@ -68,8 +68,8 @@ enum Request {
     Save { place: Place, id: snapshot_files::Id },
     /// Hand over the one for the state.
     SavedState,
-    /// Put them in their places; both are written.
-    Saved,
+    /// Put them in their places; both are written. Beside them lie files that they need.
+    Saved { keep: Vec<String> },
     /// Let go of them.
     NotSaved,
 }
@@ -247,8 +247,8 @@ impl Saving {
     }
 
     /// Has them made durable and put in their places.
-    pub fn finish(self) -> Result<(), String> {
-        match self.files.0.ask(&Request::Saved).map_err(no_answer)? {
+    pub fn finish(self, keep: Vec<String>) -> Result<(), String> {
+        match self.files.0.ask(&Request::Saved { keep }).map_err(no_answer)? {
             (Answer::Done, _) => Ok(()),
             (Answer::Failed(why), _) => Err(why),
             _ => Err(NONSENSE.into()),
@@ -479,7 +479,10 @@ fn serve(
             }
             Ok(Request::Open { path, read_only, have }) if controlled => open(&path, read_only, have),
             Ok(
-                request @ (Request::Save { .. } | Request::SavedState | Request::Saved | Request::NotSaved),
+                request @ (Request::Save { .. }
+                | Request::SavedState
+                | Request::Saved { .. }
+                | Request::NotSaved),
             ) if controlled => {
                 let result = save(request, &mut writing);
                 result.unwrap_or_else(|error| (Answer::Failed(crate::error_chain(&error)), None))
@@ -544,9 +547,9 @@ fn save(
             hand_over(writing.insert(Writing::begin(&place, &id)?).memory())
         }
         Request::SavedState => writing.as_ref().map_or_else(none, |writing| hand_over(writing.state())),
-        Request::Saved => match writing.take() {
+        Request::Saved { keep } => match writing.take() {
             Some(writing) => {
-                writing.finish()?;
+                writing.finish_keeping(&keep)?;
                 (Answer::Done, None)
             }
             None => none(),

@@ -6,7 +6,7 @@
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::spec::descriptor;
-use crate::memory::Ram;
+use crate::memory::{Ram, dirty};
 
 /// What is wrong with a chain.
 #[derive(Clone, Copy, Debug, thiserror::Error, PartialEq, Eq)]
@@ -324,6 +324,7 @@ impl<'a> Writer<'a> {
         while !from.is_empty() {
             let (addr, len) = self.cursor.take(from.len()).ok_or(TooShort)?;
             let (part, rest) = from.split_at_checked(len).ok_or(TooShort)?;
+            dirty::mark(addr.0, len as u64);
             self.cursor.ram.write_slice(part, addr).map_err(|_| TooShort)?;
             self.written += len as u32;
             from = rest;
@@ -339,6 +340,10 @@ impl<'a> Writer<'a> {
 
     /// Passes all bytes that are left to `each`, as pieces of host memory that must not be turned into references.
     pub fn for_each_slice(self, each: impl FnMut(VolatileSlice<'a>)) -> Result<(), TooShort> {
+        let mut cursor = self.cursor.clone();
+        while let Some((addr, len)) = cursor.take(usize::MAX) {
+            dirty::mark(addr.0, len as u64);
+        }
         self.cursor.for_each_slice(each)
     }
 }

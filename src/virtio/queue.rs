@@ -12,7 +12,7 @@ use super::chain::{self, Chain, Rules, Segment};
 use super::device::Handover;
 use super::spec;
 use super::state::QueuePosition;
-use crate::memory::Ram;
+use crate::memory::{Ram, dirty};
 
 /// Why a queue cannot be used any further.
 #[derive(Debug, thiserror::Error)]
@@ -126,6 +126,8 @@ impl Queue {
     /// together (virtio 1.2 §5.1.6.3.2).
     pub fn stage(&mut self, chain: Chain, written: u32) -> Result<(), Error> {
         let head = chain.head();
+        // A device may have been told the place long before it wrote there.
+        chain.writable_ranges().for_each(|(addr, len)| dirty::mark(addr.0, len.into()));
         self.recycle(chain);
         let slot = self.inner.next_used().wrapping_add(self.staged) % self.inner.size().max(1);
         let element = u64::from(head) | u64::from(written) << 32;
@@ -140,12 +142,14 @@ impl Queue {
         self.inner.set_next_used(index);
         let at =
             self.inner.used_ring().checked_add(2).ok_or(Error::Ring(virtio_queue::Error::AddressOverflow))?;
+        dirty::mark(at, 2);
         let stored = self.ram.store(index.to_le(), GuestAddress(at), Ordering::Release);
         stored.map_err(|error| Error::Ring(virtio_queue::Error::GuestMemory(error)))
     }
 
     fn store(&self, base: u64, offset: u64, bytes: &[u8]) -> Result<(), Error> {
         let at = base.checked_add(offset).ok_or(Error::Ring(virtio_queue::Error::AddressOverflow))?;
+        dirty::mark(at, bytes.len() as u64);
         let stored = self.ram.write_slice(bytes, GuestAddress(at));
         stored.map_err(|error| Error::Ring(virtio_queue::Error::GuestMemory(error)))
     }
@@ -163,13 +167,20 @@ impl Queue {
         self.spare.push(room);
     }
 
+    /// Flags before and event index behind the ring are written by somebody else.
+    fn mark_used_ring(&self) {
+        dirty::mark(self.inner.used_ring(), 6 + 8 * u64::from(self.inner.size()));
+    }
+
     /// Asks the driver not to notify, since the queue is being served.
     pub fn suppress_notifications(&mut self) -> Result<(), Error> {
+        self.mark_used_ring();
         self.inner.disable_notification(&self.ram).map_err(Error::Ring)
     }
 
     /// Asks the driver to notify; true if it has made chains available meanwhile, without notifying.
     pub fn expect_notifications(&mut self) -> Result<bool, Error> {
+        self.mark_used_ring();
         self.inner.enable_notification(&self.ram).map_err(Error::Ring)
     }
 

@@ -171,7 +171,10 @@ fn assemble(
     timeline.mark("kernel loaded");
 
     let mut vm = kvm.create_vm()?;
-    vm.set_memory(&ram)?;
+    vm.set_memory(&ram, config.track_dirty_pages)?;
+    if config.track_dirty_pages {
+        memory::dirty::start(&ram);
+    }
     vm.create_interrupt_controllers()?;
     let reports_instructions = vm.exit_on_emulation_failure()?;
     tracing::debug!("KVM reports instructions that it cannot emulate: {reports_instructions}");
@@ -284,6 +287,7 @@ fn assemble(
             // One that was saved goes on when its devices are told to.
             state: if saved.is_some() { State::Paused } else { State::Running },
             keeper: None,
+            base: saved.map(|saved| saved.layers().to_vec()),
         },
         metrics: None,
         shutdown_timeout: Duration::from_secs(config.shutdown_timeout),

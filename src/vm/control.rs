@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::config::{Size, VmConfig};
 use super::devices::Handles;
 use super::pause;
-use super::snapshot::{CreateError, Overrides, Place};
+use super::snapshot::{CreateError, Layer, Overrides, Place};
 use crate::disk;
 use crate::sandbox::keeper::{Found, Keeper};
 use crate::virtio::balloon::{BalloonHandle, PAGE_BYTES, Statistics};
@@ -84,6 +84,8 @@ pub enum Command {
     FlushMetrics,
     /// Save the VM, which rests meanwhile if it runs.
     Save(Place),
+    /// Save the VM with only the memory that has changed since it was saved last, if that is known.
+    SaveChanges(Place),
     /// Tell how the balloon stands: [`Reply::Balloon`].
     Balloon,
     /// Ask the guest for so much memory.
@@ -241,6 +243,8 @@ pub(super) struct Controlled {
     pub(super) state: State,
     /// Opens images and makes snapshots' files behind the walls.
     pub(super) keeper: Option<Arc<Keeper>>,
+    /// The snapshot that the next differential one can build upon: the one that was made or restored last.
+    pub(super) base: Option<Vec<Layer>>,
 }
 
 impl Controlled {
@@ -299,7 +303,8 @@ impl Controlled {
             | Command::Resume
             | Command::PressPower
             | Command::FlushMetrics
-            | Command::Save(_) => {}
+            | Command::Save(_)
+            | Command::SaveChanges(_) => {}
         }
         Ok(Reply::Done)
     }

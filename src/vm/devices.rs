@@ -122,7 +122,9 @@ pub(super) fn open(
     };
     for (index, net) in config.nets.iter().enumerate() {
         let service = service.as_ref().filter(|(mmds, _)| mmds.is_on(net, index));
-        let vhost = if service.is_some() { None } else { open_vhost(net)? };
+        // What the host's kernel writes, nobody would know of, and what it reads the service would not see.
+        let by_host = service.is_none() && !config.track_dirty_pages;
+        let vhost = if by_host { open_vhost(net)? } else { None };
         let mut device = open_net(net, net.id(index), vhost)?;
         if let Some((mmds, service)) = service {
             device.serve_metadata(Stack::new(Arc::clone(service), mmds.address).map_err(Error::Random)?);

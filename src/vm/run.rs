@@ -261,22 +261,31 @@ impl MainLoop {
     }
 
     /// Saves the VM, which rests meanwhile. That the files are durable it need not wait for.
-    fn save(&mut self, place: &Place) -> Result<(), control::Error> {
+    fn save(&mut self, place: &Place, only_changes: bool) -> Result<(), control::Error> {
         let runs = self.controlled.state == State::Running;
         self.pause().map_err(control::Error::Pause)?;
         // Once more, so that devices tell what has been changed since they came to rest.
         let devices = pause::settle(self.vm.devices.transports()).map_err(control::Error::Pause);
+        let tracked = self.controlled.config.track_dirty_pages;
+        // What has changed since is told once: if this fails, the next one has all memory.
+        let base =
+            if tracked || !only_changes { self.controlled.base.take() } else { self.controlled.base.clone() };
         let source = snapshot::Source {
             shared: &self.vm.shared,
             machine: &self.vm.devices,
             config: &self.controlled.config,
             keeper: self.controlled.keeper.as_ref(),
+            base: base.as_deref().filter(|_| only_changes),
         };
         let written = devices.and_then(|()| snapshot::create(&source, place).map_err(control::Error::Save));
         if runs {
             self.resume();
         }
-        written?.finish().map_err(control::Error::Save)
+        let layers = written?.finish().map_err(control::Error::Save)?;
+        if tracked {
+            self.controlled.base = Some(layers);
+        }
+        Ok(())
     }
 
     /// Carries out the commands that wait.
@@ -297,7 +306,8 @@ impl MainLoop {
                     self.write_metrics(true);
                     Ok(Reply::Done)
                 }
-                Command::Save(place) => self.save(&place).map(|()| Reply::Done),
+                Command::Save(place) => self.save(&place, false).map(|()| Reply::Done),
+                Command::SaveChanges(place) => self.save(&place, true).map(|()| Reply::Done),
                 other => self.controlled.carry_out(other, &self.vm.devices.transports),
             });
         }

@@ -119,13 +119,20 @@ fn kill_restores(rounds: u32) {
     let before = (fs::read(place.join("state")).unwrap(), fs::read(memory_of(&place)).unwrap());
     let others = names(around);
     let mut random = Random::new();
-    let mut served = 0;
-    for round in 0..rounds {
-        let (api, vsock) = (first.guest.path("api-of-killed"), first.guest.path("vsock-of-killed"));
+    let (api, vsock) = (first.guest.path("api-of-killed"), first.guest.path("vsock-of-killed"));
+    let start = || {
         let monitor = restore(&place).arg("--api-socket").arg(&api).arg("--vsock").arg(&vsock);
-        let running = monitor.start_with_input();
-        std::thread::sleep(Duration::from_micros(random.below(30_000)));
-        served += u32::from(api.exists() && vsock.exists());
+        monitor.start_with_input()
+    };
+    // How long a restore takes here, so that kills come before, in and after each part of it.
+    let begin = Instant::now();
+    let mut running = start();
+    while !(api.exists() && vsock.exists()) {
+        assert!(begin.elapsed() < PATIENCE, "no sockets\n{}", running.story());
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    let takes = begin.elapsed().as_micros() as u64;
+    for round in 0..rounds {
         running.signal(Signal::SIGKILL);
         drop(running);
         // The keeper ends after it has removed what the monitor has left.
@@ -138,11 +145,10 @@ fn kill_restores(rounds: u32) {
         assert_eq!(names(&place), ["memory", "state"], "round {round}");
         let after = (fs::read(place.join("state")).unwrap(), fs::read(memory_of(&place)).unwrap());
         assert!(after == before, "round {round} changes the snapshot");
+        running = start();
+        std::thread::sleep(Duration::from_micros(random.below(2 * takes)));
     }
-    assert!(
-        served > 0 && served < rounds,
-        "{served} of {rounds} came to their sockets before they were killed"
-    );
+    drop(running);
     let mut running = restore(&place).arg("--vsock").arg(first.guest.path("last")).start_with_input();
     running.send("q");
     running.wait(PATIENCE).exits(1);

@@ -46,6 +46,18 @@ struct Case {
     rounds: u32,
     /// Whether fio writes to a disk.
     disk: bool,
+    saves: Saves,
+}
+
+/// What each snapshot has.
+#[derive(Clone, Copy, PartialEq)]
+enum Saves {
+    /// All memory.
+    Whole,
+    /// Most of them what has changed, as KVM and the devices tell.
+    Tracked,
+    /// The same, by a comparison with what was restored.
+    Compared,
 }
 
 /// What a guest tells of itself: its counter, its uptime, its wall clock.
@@ -102,7 +114,8 @@ fn rounds(case: &Case) {
     // fio and its libraries take more than 128 MiB.
     let monitor = linux.monitor_with_memory(if case.disk { "256M" } else { "128M" });
     let monitor = script.on(monitor).arg("--disk").arg(&data).args(["--rng", "--balloon"]);
-    let monitor = monitor.args(["--cpus", &case.cpus.to_string(), "--vsock"]);
+    let tracks: &[&str] = if case.saves == Saves::Tracked { &["--track-dirty-pages"] } else { &[] };
+    let monitor = monitor.args(tracks).args(["--cpus", &case.cpus.to_string(), "--vsock"]);
     let monitor = monitor.arg(format!("cid=42,socket={}", socket.display()));
     let mut running: Running = monitor.arg("--api-socket").arg(&api.path).start_quiet();
     running.expect_within("guest is ready", LINUX_PATIENCE);
@@ -119,12 +132,15 @@ fn rounds(case: &Case) {
         std::thread::sleep(Duration::from_millis(moment));
         // So that the disk is as it was when the state was taken, the VM must not go on.
         api.set_state("Paused");
-        let paths = format!("{{\"snapshot_path\":\"{}\"}}", place.join("state").display());
-        api.change("PUT", "/snapshot/create", &paths);
+        let kind = if case.saves == Saves::Whole || round % 8 == 1 { "Full" } else { "Diff" };
+        let state = place.join("state");
+        let body = format!("{{\"snapshot_type\":\"{kind}\",\"snapshot_path\":\"{}\"}}", state.display());
+        api.change("PUT", "/snapshot/create", &body);
         drop(running);
         (socket, api) = sockets(directory.path(), round);
         host = listen(&socket);
         running = super::restore(&place)
+            .args(tracks)
             .arg("--vsock")
             .arg(&socket)
             .arg("--api-socket")
@@ -162,21 +178,21 @@ fn rounds(case: &Case) {
 #[test]
 fn linux_goes_on_with_its_disk_clocks_and_sockets() {
     if has_fast_kvm() {
-        rounds(&Case { cpus: 1, rounds: 6, disk: true });
+        rounds(&Case { cpus: 1, rounds: 6, disk: true, saves: Saves::Whole });
     }
 }
 
 #[test]
 fn linux_with_two_processors_goes_on() {
     if has_fast_kvm() {
-        rounds(&Case { cpus: 2, rounds: 4, disk: true });
+        rounds(&Case { cpus: 2, rounds: 4, disk: true, saves: Saves::Tracked });
     }
 }
 
 #[test]
 fn linux_with_four_processors_goes_on() {
     if has_fast_kvm() {
-        rounds(&Case { cpus: 4, rounds: 4, disk: true });
+        rounds(&Case { cpus: 4, rounds: 4, disk: true, saves: Saves::Compared });
     }
 }
 
@@ -184,7 +200,7 @@ fn linux_with_four_processors_goes_on() {
 #[ignore = "long: 100 rounds under load, needs KVM at full speed"]
 fn linux_goes_on_a_hundred_times() {
     if has_fast_kvm() {
-        rounds(&Case { cpus: 1, rounds: 100, disk: true });
+        rounds(&Case { cpus: 1, rounds: 100, disk: true, saves: Saves::Whole });
     }
 }
 
@@ -192,7 +208,7 @@ fn linux_goes_on_a_hundred_times() {
 #[ignore = "long: 100 rounds under load, needs KVM at full speed"]
 fn linux_with_two_processors_goes_on_a_hundred_times() {
     if has_fast_kvm() {
-        rounds(&Case { cpus: 2, rounds: 100, disk: true });
+        rounds(&Case { cpus: 2, rounds: 100, disk: true, saves: Saves::Tracked });
     }
 }
 
@@ -200,14 +216,14 @@ fn linux_with_two_processors_goes_on_a_hundred_times() {
 #[ignore = "long: 100 rounds under load, needs KVM at full speed"]
 fn linux_with_four_processors_goes_on_a_hundred_times() {
     if has_fast_kvm() {
-        rounds(&Case { cpus: 4, rounds: 100, disk: true });
+        rounds(&Case { cpus: 4, rounds: 100, disk: true, saves: Saves::Compared });
     }
 }
 
-/// Where guest kernels are emulated: one round, without the load.
+/// Where guest kernels are emulated: two rounds, without the load.
 #[test]
 fn linux_goes_on_where_its_kernel_is_emulated() {
     if kvm_kind() == Some(Kind::Pvm) {
-        rounds(&Case { cpus: 1, rounds: 1, disk: false });
+        rounds(&Case { cpus: 1, rounds: 2, disk: false, saves: Saves::Tracked });
     }
 }

@@ -5,7 +5,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::Event;
 use super::walk::{Access, Miss, Paging};
-use crate::memory::{PAGE_SIZE, Ram};
+use crate::memory::{PAGE_SIZE, Ram, dirty};
 
 /// Most pages that one access may touch: a save area of 4096 bytes that is not page aligned touches two.
 const MAX_PAGES: usize = 3;
@@ -58,6 +58,7 @@ impl Range {
         while done < data.len() {
             let (address, len) = self.part(at + done, data.len() - done).ok_or(Failure::NotMemory(0))?;
             let part = data.get(done..done + len).ok_or(Failure::NotMemory(0))?;
+            dirty::mark(address.0, len as u64);
             ram.write_slice(part, address).map_err(|_| Failure::NotMemory(address.0))?;
             done += len;
         }
@@ -68,6 +69,7 @@ impl Range {
     /// `None` if this processor has no instruction for it.
     pub fn compare_exchange_16(&self, ram: &Ram, expected: u128, new: u128) -> Result<Option<u128>, Failure> {
         let (address, len) = self.part(0, 16).ok_or(Failure::NotMemory(0))?;
+        dirty::mark(address.0, 16);
         let slice = ram.get_slice(address, len).map_err(|_| Failure::NotMemory(address.0))?;
         let guard = slice.ptr_guard_mut();
         let host = guard.as_ptr();

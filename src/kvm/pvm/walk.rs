@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileMemory};
 
-use crate::memory::{PAGE_SIZE, Ram};
+use crate::memory::{PAGE_SIZE, Ram, dirty};
 
 const CR0_WP: u64 = 1 << 16;
 const CR0_PG: u64 = 1 << 31;
@@ -198,6 +198,7 @@ fn load(ram: &Ram, address: u64) -> Result<u64, Miss> {
 
 /// Changes an entry of a page table if it still is what the walk saw.
 fn replace(ram: &Ram, address: u64, seen: u64, wanted: u64) -> Result<bool, Miss> {
+    dirty::mark(address, 8);
     entry(ram, address, |entry| {
         entry.compare_exchange(seen, wanted, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     })

@@ -100,6 +100,11 @@ pub enum Error {
     /// The metadata service.
     #[error(transparent)]
     Mmds(#[from] MmdsError),
+    /// The host's kernel moves packets itself, and does not tell where to.
+    #[error(
+        "tap {0}: with vhost=on it cannot be known which pages of memory change; leave out one or the other"
+    )]
+    TrackedVhost(String),
     /// A shared folder's tag does not fit.
     #[error("tag {0:?}: a shared folder's tag has 1 to {MAX_TAG_BYTES} bytes of printable ASCII")]
     ShareTag(String),
@@ -137,6 +142,8 @@ pub struct VmConfig {
     pub cpu: Cpu,
     /// Size of the guest's memory.
     pub memory: Size,
+    /// Whether it is noted which pages change, for differential snapshots.
+    pub track_dirty_pages: bool,
     /// The disk that holds the root file system; the guest's first.
     pub rootfs: Option<Disk>,
     /// Further disks.
@@ -177,6 +184,7 @@ impl Default for VmConfig {
             cpus: 1,
             cpu: Cpu::Host,
             memory: Size(256 << 20),
+            track_dirty_pages: false,
             rootfs: None,
             disks: vec![],
             vsock: None,
@@ -264,6 +272,10 @@ impl VmConfig {
             return Err(Error::Limits("rng-limits".into()));
         }
         self.mmds.as_ref().map_or(Ok(()), |mmds| mmds.check(&self.nets))?;
+        let by_host = self.nets.iter().find(|net| net.vhost == VhostUse::On);
+        if let Some(net) = by_host.filter(|_| self.track_dirty_pages) {
+            return Err(Error::TrackedVhost(net.tap.clone()));
+        }
         let mut tags = std::collections::BTreeSet::new();
         for share in &self.shares {
             share.check()?;

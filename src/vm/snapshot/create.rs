@@ -10,11 +10,13 @@ use super::super::config::VmConfig;
 use super::super::vcpu::VcpuShared;
 use super::error::CreateError;
 use super::format;
+use super::layers::{self, Layer};
 use super::state::{MachineState, MemoryPlace, PortState};
 use crate::kvm::features::Features;
 use crate::kvm::{StateError, VcpuState};
 use crate::legacy::GuestRequest;
-use crate::memory::{self, file::Id};
+use crate::memory::changes::{self, Run};
+use crate::memory::{self, Ram, file::Id};
 use crate::sandbox::keeper::{Keeper, Saving};
 use crate::snapshot_files::{Place, Writing};
 
@@ -50,6 +52,8 @@ pub struct Source<'a> {
     pub config: &'a VmConfig,
     /// What makes files for it, if it may not.
     pub keeper: Option<&'a Arc<Keeper>>,
+    /// What it may build upon, if only what has changed since is to be written.
+    pub base: Option<&'a [Layer]>,
 }
 
 /// The new files.
@@ -80,10 +84,10 @@ impl Files {
         }
     }
 
-    fn finish(self) -> Result<(), CreateError> {
+    fn finish(self, keep: Vec<String>) -> Result<(), CreateError> {
         match self {
-            Files::Own(writing) => Ok(writing.finish()?),
-            Files::Keepers(saving) => saving.finish().map_err(CreateError::Keeper),
+            Files::Own(writing) => Ok(writing.finish_keeping(&keep)?),
+            Files::Keepers(saving) => saving.finish(keep).map_err(CreateError::Keeper),
         }
     }
 }
@@ -91,22 +95,25 @@ impl Files {
 /// A snapshot that is written and not in its place yet. What is left does not need the VM.
 pub struct Unfinished {
     files: Files,
+    layers: Vec<Layer>,
+    /// Files beside the state file that it needs.
+    keep: Vec<String>,
 }
 
 impl Unfinished {
-    /// Makes it durable, and puts it in its place.
-    pub fn finish(self) -> Result<(), CreateError> {
+    /// Makes it durable, and puts it in its place. Tells what its memory consists of.
+    pub fn finish(self) -> Result<Vec<Layer>, CreateError> {
         let start = Instant::now();
-        self.files.finish()?;
+        self.files.finish(self.keep)?;
         tracing::debug!("snapshot durable within {:?}", start.elapsed());
-        Ok(())
+        Ok(self.layers)
     }
 }
 
 /// Writes state and memory of a VM whose vCPUs and devices rest.
 pub fn create(source: &Source<'_>, place: &Place) -> Result<Unfinished, CreateError> {
     let start = Instant::now();
-    let Source { shared, machine, config, keeper } = source;
+    let Source { shared, machine, config, keeper, base } = source;
     // First what may be refused.
     let devices = machine.transports().map(|transport| transport.save()).collect::<Result<Vec<_>, _>>()?;
     let vcpus = vcpus(source)?;
@@ -123,13 +130,28 @@ pub fn create(source: &Source<'_>, place: &Place) -> Result<Unfinished, CreateEr
     let mut id = Id::default();
     getrandom::fill(&mut id).map_err(CreateError::Random)?;
     let files = Files::begin(*keeper, place, &id)?;
-    let written = memory::file::write(&shared.ram, files.memory(), &id)?;
+    // Asked for in any case, so that the next snapshot knows what has changed since this one.
+    let tracked = config.track_dirty_pages.then(|| changed(machine, &shared.ram)).transpose()?;
+    let base = base.filter(|base| layers::can_lie_under(base, place));
+    let changes = base.and_then(|base| Some((base, tracked.or_else(|| changes::copied(&shared.ram))?)));
+    let written = match &changes {
+        Some((_, runs)) => changes::write(&shared.ram, files.memory(), &id, runs)?,
+        None => memory::file::write(&shared.ram, files.memory(), &id)?,
+    };
     if memory::guard::pages_were_lost() {
         return Err(CreateError::PagesLost);
     }
     let cpuid = vcpus.first().map(VcpuState::cpuid).unwrap_or_default();
     let features = Features::needed(machine.kind, cpuid);
-    let memory = MemoryPlace { id, size_bytes: config.memory.bytes(), name: place.memory_name(&id) };
+    let below = changes.map_or(&[][..], |(base, _)| base);
+    let memory = MemoryPlace {
+        id,
+        size_bytes: config.memory.bytes(),
+        name: place.memory_name(&id),
+        bases: layers::places(below, place),
+    };
+    let keep = layers::names_beside(below, place);
+    let layers = below.iter().cloned().chain([Layer::new(id, place)]).collect();
     let state = MachineState::new(
         machine.kind,
         features,
@@ -149,7 +171,13 @@ pub fn create(source: &Source<'_>, place: &Place) -> Result<Unfinished, CreateEr
         state.len(),
         start.elapsed()
     );
-    Ok(Unfinished { files })
+    Ok(Unfinished { files, layers, keep })
+}
+
+/// The pages that the guest or its devices have written to since this was asked last.
+fn changed(machine: &Machine, ram: &Ram) -> Result<Vec<Run>, CreateError> {
+    let by_guest = machine.kvm_vm.take_dirty_pages().map_err(CreateError::Dirty)?;
+    Ok(changes::union(ram, &by_guest, &memory::dirty::take()))
 }
 
 /// Has the vCPUs tell their states, in the order of their numbers.

@@ -33,6 +33,9 @@ pub enum CreateError {
     /// KVM's own devices.
     #[error("cannot read the state of KVM's interrupt controllers")]
     Chips(#[source] kvm::Error),
+    /// Which pages have changed.
+    #[error("cannot ask KVM which pages have changed")]
+    Dirty(#[source] kvm::Error),
     /// A device.
     #[error(transparent)]
     Device(#[from] SaveError),

@@ -30,7 +30,7 @@ pub(super) fn read_state(path: &Path) -> Result<Vec<u8>, LoadError> {
 }
 
 /// Opens a memory file.
-fn open_memory(path: &Path) -> Result<File, LoadError> {
+pub(super) fn open_memory(path: &Path) -> Result<File, LoadError> {
     let fail = |what, source| LoadError::File { what, path: path.to_owned(), source };
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
     let file = file.map_err(|error| fail("open the memory of the snapshot,", error))?;

@@ -13,13 +13,14 @@ use super::super::config::{DiskPart, SerialConfig, Size, VmConfig};
 use super::error::{FormatError, LoadError};
 use super::files;
 use super::format;
+use super::layers::{self, Layer};
 use super::state::MachineState;
 use crate::disk::Image;
 use crate::kvm::features::Features;
 use crate::kvm::kind::Kind;
 use crate::kvm::{self, Kvm, Vcpu};
 use crate::legacy::{GuestRequest, GuestRequests};
-use crate::memory::{self, Ram};
+use crate::memory::{Ram, dirty};
 use crate::platform::VMGENID_GSI;
 use crate::snapshot_files::Place;
 use crate::virtio::block::BlockState;
@@ -43,6 +44,8 @@ pub struct Overrides {
     pub console: Option<SerialConfig>,
     /// The balloon's size.
     pub balloon: Option<Size>,
+    /// Whether it is noted which pages change, for differential snapshots.
+    pub track_dirty_pages: bool,
 }
 
 impl Overrides {
@@ -62,6 +65,7 @@ impl Overrides {
             serial: self.serial.or_else(|| other.serial.clone()),
             console: self.console.or_else(|| other.console.clone()),
             balloon: self.balloon.or(other.balloon),
+            track_dirty_pages: self.track_dirty_pages || other.track_dirty_pages,
             ..self
         }
     }
@@ -106,8 +110,9 @@ pub struct ShareOverride {
 pub struct Snapshot {
     pub(in crate::vm) state: MachineState,
     config: VmConfig,
-    memory: File,
-    memory_path: PathBuf,
+    /// What its memory consists of, each over the one before, and the files.
+    layers: Vec<Layer>,
+    files: Vec<File>,
     /// Disks that were given another image, whose size may be another one too.
     replaced: Vec<String>,
 }
@@ -121,15 +126,25 @@ impl Snapshot {
                 source => LoadError::State { path: place.state.clone(), source },
             };
             let state = format::decode(bytes).map_err(wrong)?;
-            let config = state.configuration().map_err(wrong)?;
+            let mut config = state.configuration().map_err(wrong)?;
+            // Whoever restores it says so.
+            config.track_dirty_pages = false;
             let name = state.memory.name.clone();
             Ok(((state, config), name))
         };
-        let ((state, config), memory_path, memory) = files::open(place, parse)?;
-        let checked = memory::file::check(&memory, &state.memory.id, state.memory.size_bytes);
-        checked.map_err(|source| LoadError::Memory { path: memory_path.clone(), source })?;
+        let ((state, config), path, file) = files::open(place, parse)?;
+        let mut layers = Vec::new();
+        let mut files = Vec::new();
+        for base in &state.memory.bases {
+            let layer = layers::found(base, place);
+            files.push(files::open_memory(&layer.path)?);
+            layers.push(layer);
+        }
+        layers.push(Layer { id: state.memory.id, path });
+        files.push(file);
+        layers::check(&layers, &files, state.memory.size_bytes)?;
         tracing::debug!("snapshot by rvmm {} at {} ns", state.made_by, state.made_at_ns);
-        Ok(Snapshot { state, config, memory, memory_path, replaced: Vec::new() })
+        Ok(Snapshot { state, config, layers, files, replaced: Vec::new() })
     }
 
     /// The configuration that the restored VM has.
@@ -139,6 +154,7 @@ impl Snapshot {
 
     /// Puts this host's files and interfaces in the place of those that the VM had.
     pub fn replace(&mut self, overrides: &Overrides) -> Result<(), LoadError> {
+        self.config.track_dirty_pages |= overrides.track_dirty_pages;
         let list = |ids: &[String]| if ids.is_empty() { "none".to_owned() } else { ids.join(", ") };
         for wanted in &overrides.disks {
             let ids: Vec<String> = self
@@ -226,8 +242,12 @@ impl Snapshot {
 
     /// Maps its memory.
     pub(in crate::vm) fn map_memory(&self) -> Result<Ram, LoadError> {
-        let mapped = memory::file::map(&self.memory, &self.state.memory.id, self.state.memory.size_bytes);
-        mapped.map_err(|source| LoadError::Memory { path: self.memory_path.clone(), source })
+        layers::map(&self.layers, &self.files, self.state.memory.size_bytes)
+    }
+
+    /// What its memory consists of.
+    pub(in crate::vm) fn layers(&self) -> &[Layer] {
+        &self.layers
     }
 
     /// Checks that disks which were not given another image are as large as they were. `disks` are the first devices.
@@ -292,6 +312,7 @@ impl Snapshot {
         let mut id = [0; 16];
         getrandom::fill(&mut id).map_err(|error| LoadError::Generation(std::io::Error::other(error)))?;
         // Where the state is wrong about the place there is no memory, or a guest that does not look there.
+        dirty::mark(*generation_id_addr, id.len() as u64);
         if ram.write_slice(&id, GuestAddress(*generation_id_addr)).is_ok() {
             machine.kvm_vm.pulse(VMGENID_GSI).map_err(LoadError::Chips)?;
         }

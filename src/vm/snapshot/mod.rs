@@ -8,11 +8,13 @@ mod create;
 mod error;
 mod files;
 mod format;
+mod layers;
 mod load;
 mod state;
 
 pub use error::{CreateError, FormatError, LoadError};
 pub use format::{FORMAT_VERSION, decode, decode_body};
+pub use layers::Layer;
 pub use load::{DiskOverride, NetOverride, Overrides, ShareOverride, Snapshot};
 pub use state::MachineState;
 

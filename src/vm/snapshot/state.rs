@@ -1,9 +1,12 @@
 //! What a state file holds.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use super::super::config::VmConfig;
 use super::error::FormatError;
+use super::layers::LAYERS_MAX;
 use crate::kvm::features::Features;
 use crate::kvm::kind::Kind;
 use crate::kvm::{ChipState, VcpuState};
@@ -38,6 +41,16 @@ pub(super) struct MemoryPlace {
     pub(super) size_bytes: u64,
     /// Name of the file beside the state file; `None` if whoever restores says where it is.
     pub(super) name: Option<String>,
+    /// What the file lies over, if it has only what has changed: the first one has all memory.
+    pub(super) bases: Vec<BasePlace>,
+}
+
+/// Memory of an earlier snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct BasePlace {
+    pub(super) id: Id,
+    /// Name of a file beside the state file, or a path.
+    pub(super) path: PathBuf,
 }
 
 /// Devices at I/O ports.
@@ -93,6 +106,9 @@ impl MachineState {
         config.validate(u64::MAX).map_err(|error| FormatError::Contents(error.to_string()))?;
         if config.memory.bytes() != self.memory.size_bytes {
             return Err(wrong("two sizes of memory"));
+        }
+        if self.memory.bases.len() > LAYERS_MAX {
+            return Err(wrong("too many differences between snapshots"));
         }
         if config.cpus as usize != self.vcpus.len() {
             return Err(wrong("vCPUs are missing"));

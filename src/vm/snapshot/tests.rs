@@ -16,7 +16,7 @@ fn state_of(config: &VmConfig) -> MachineState {
     MachineState::new(
         Kind::Pvm,
         Features::needed(Kind::Pvm, &[]),
-        MemoryPlace { id: [3; 16], size_bytes: 32 << 20, name: None },
+        MemoryPlace { id: [3; 16], size_bytes: 32 << 20, name: None, bases: vec![] },
         config,
         0xe0040,
         vec![VcpuState::default(); 2],
