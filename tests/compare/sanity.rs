@@ -69,7 +69,7 @@ fn executor_that_is_slowed_by_five_percent_is_found() {
     let Some(rig) = Rig::new() else { return };
     let arguments = |runs| ["--with", "rvmm-native", "--probe", "start", "--quick", "--runs", runs];
     let usual = median(&values(&rig.run("usual", &arguments("20")), "rvmm-native", "first_output"));
-    let wrapper = rig.home.path("slowed");
+    let wrapper = rig.home.path("slowed.sh");
     // Instances are counted in their names, and a round of a single executor takes one.
     let script = format!(
         "#!/bin/sh\nname=; last=\nfor word; do [ \"$last\" != --name ] || name=$word; last=$word; done\n\
