@@ -448,6 +448,7 @@ fn users_microvm() {
         "run",
         "-d",
         "--isolation=microvm",
+        "--template=require",
         "--name=one",
         "--memory=96M",
         "-p",

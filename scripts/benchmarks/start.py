@@ -48,7 +48,7 @@ class MicroVm:
 
     def parts_ms(self):
         """Milliseconds to the agent's answer, to a guest that is set up, and to the program's start."""
-        run = [self.rvmm, "run", "-d"] + self.flags + ["bench", "sleep", "1000"]
+        run = [self.rvmm, "run", "-d"] + self.flags + ["bench", "busybox", "sleep", "1000"]
         took_ms, _, output = containers.timed(run, env=self.environment)
         name = output.strip()
         sandbox = f"{self.environment['RVMM_RUN_ROOT']}/sandboxes/{name[:24]}/started.json"

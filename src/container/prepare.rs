@@ -420,6 +420,8 @@ pub fn clear(records: &Records, config: &ContainerConfig) -> Result<(), Error> {
             _ => own.clone(),
         };
         microvm::leave(&sandbox, &config.id)?;
+        // Its supervisor may have been killed while it made a template.
+        Templates::new(roots).sweep()?;
     }
     if run.is_dir() {
         if let Err(error) = Native::new(&run).delete() {
