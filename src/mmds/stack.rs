@@ -43,8 +43,8 @@ const FRAMES_MAX: usize = 64;
 /// What each connection has for what is on its way.
 const RECEIVE_BYTES: usize = REQUEST_BYTES_MAX;
 const SEND_BYTES: usize = 8192;
-/// A connection on which nothing moves as long as this is given up.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// A connection on which nothing moves as long as this is given up. Guests may be slow.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// One on which nothing moves as long as this makes room, if there is none for another.
 const SHORT_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -68,7 +68,9 @@ struct Connection {
     /// Bytes of the answer that smoltcp has.
     sent: usize,
     last: bool,
-    /// When something moved.
+    /// Nobody has come yet.
+    fresh: bool,
+    /// When something moved, since somebody came.
     moved: Duration,
 }
 
@@ -166,9 +168,7 @@ impl Stack {
     pub fn due(&mut self) -> Option<Duration> {
         let now = self.began.elapsed();
         let patience = |connection: &Connection| (connection.moved + PATIENCE).saturating_sub(now);
-        let is_used =
-            |connection: &&Connection| !self.sockets.get::<Socket<'_>>(connection.socket).is_listening();
-        let silent = self.connections.iter().filter(is_used).map(patience).min();
+        let silent = self.connections.iter().filter(|connection| !connection.fresh).map(patience).min();
         if self.wire.outgoing.len() >= FRAMES_MAX {
             return silent;
         }
@@ -212,7 +212,7 @@ impl Stack {
     fn give_up(&mut self, now: Duration) {
         for connection in &self.connections {
             let socket = self.sockets.get_mut::<Socket<'_>>(connection.socket);
-            if !socket.is_listening() && now.saturating_sub(connection.moved) >= PATIENCE {
+            if !connection.fresh && now.saturating_sub(connection.moved) >= PATIENCE {
                 socket.abort();
             }
         }
@@ -241,7 +241,15 @@ impl Stack {
         if socket.listen(PORT).is_ok() {
             let socket = self.sockets.add(socket);
             let (request, answer) = (Vec::new(), Vec::new());
-            self.connections.push(Connection { socket, request, answer, sent: 0, last: false, moved: now });
+            self.connections.push(Connection {
+                socket,
+                request,
+                answer,
+                sent: 0,
+                last: false,
+                fresh: true,
+                moved: now,
+            });
         }
     }
 
@@ -266,10 +274,10 @@ impl Stack {
 impl Connection {
     fn serve(&mut self, service: &Service, socket: &mut Socket<'_>, now: Duration) -> bool {
         if socket.is_listening() {
-            self.moved = now;
             return false;
         }
-        let mut moved = false;
+        // It may have waited for long.
+        let mut moved = std::mem::take(&mut self.fresh);
         loop {
             // Nothing more is read before what was asked for is on its way.
             if self.answer.is_empty() && !self.last {

@@ -265,3 +265,21 @@ fn idle_service_waits_for_nothing() {
     guest.pump();
     assert_eq!(guest.stack.due(), None);
 }
+
+#[test]
+fn guest_that_comes_late_and_takes_its_time_is_served() {
+    let mut guest = Guest::new(json!({"a": "1"}));
+    for _ in 0..3 {
+        let socket = guest.connect();
+        // Nothing has called the service for long.
+        guest.stack.began -= PATIENCE * 2;
+        guest.pump();
+        assert_eq!(guest.state(socket), State::Established);
+        guest.stack.advance(PATIENCE - Duration::from_secs(2));
+        assert!(guest.exchange(socket, "GET /a HTTP/1.1\r\n\r\n").ends_with('1'));
+        guest.stack.advance(PATIENCE - Duration::from_secs(2));
+        assert!(guest.exchange(socket, "GET /a HTTP/1.0\r\n\r\n").ends_with('1'));
+        guest.socket(socket).close();
+        guest.pump();
+    }
+}

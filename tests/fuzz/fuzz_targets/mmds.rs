@@ -187,8 +187,8 @@ fuzz_target!(|input: Input| {
         waiting += 1;
         assert!(waiting < 10_000, "there is no end of frames");
     }
-    guest.stack.advance(Duration::from_secs(10));
-    guest.stack.advance(Duration::from_secs(10));
+    guest.stack.advance(Duration::from_secs(60));
+    guest.stack.advance(Duration::from_secs(60));
     guest.take(10_000);
     if input.acts.len() % 2 == 0 {
         guest.stack.reset();
