@@ -99,7 +99,7 @@ mod tests {
         let layers = [Layer::new([1; 16], &place), Layer::new([2; 16], &elsewhere)];
         let name = format!("memory-{}", "01".repeat(16));
         assert_eq!(layers[0].path, Path::new("/s/one").join(&name));
-        assert_eq!(names_beside(&layers, &place), [name.clone()]);
+        assert_eq!(names_beside(&layers, &place), std::slice::from_ref(&name));
         let places = places(&layers, &place);
         assert_eq!(places[0].path, Path::new(&name));
         // The directory was moved meanwhile.
