@@ -32,8 +32,7 @@ fn give_back_program() {
     }
     // The linker defines both; only their addresses mean something.
     let (start, end) = (&raw const __executable_start, &raw const etext);
-    let page = rustix::param::page_size();
-    let len = (end.addr() & !(page - 1)).saturating_sub(start.addr());
+    let len = (end.addr() & !(super::PAGE_SIZE as usize - 1)).saturating_sub(start.addr());
     // SAFETY: from the program's first page to the last that is code alone there are only private mappings of its file that
     // nobody can write, so they are read again as they were. The kernel refuses an address that is not a page's, and what
     // cannot be given back stays.
