@@ -111,6 +111,7 @@ fn clones_differ(count: usize) {
 }
 
 #[test]
+#[ignore = "long where a guest's kernel is emulated, and elsewhere there are twenty"]
 fn three_clones_share_no_random_value() {
     if can_run(Wall::Microvm) {
         clones_differ(3);
@@ -126,7 +127,7 @@ fn twenty_clones_share_no_random_value() {
 
 #[test]
 fn a_damaged_template_makes_the_guest_boot_and_is_made_again() {
-    if !can_run(Wall::Microvm) {
+    if !can_run(Wall::Microvm) || !support::has_fast_kvm() {
         return;
     }
     let home = Home::new();
@@ -195,7 +196,7 @@ impl Copy {
 
 #[test]
 fn a_template_is_made_anew_when_the_agent_is_another_one() {
-    if !can_run(Wall::Microvm) {
+    if !can_run(Wall::Microvm) || !support::has_fast_kvm() {
         return;
     }
     let (home, copy) = (Home::new(), Copy::new());

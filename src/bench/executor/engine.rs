@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -38,6 +38,10 @@ pub struct Engine {
     /// Whether its runtime has to be kept from seeing that the host is a hybrid one.
     without_unified: bool,
 }
+
+/// How long the containers of a run may take to be gone, and how often that is looked at.
+const CLEANUP_PATIENCE: Duration = Duration::from_secs(60);
+const CLEANUP_PAUSE: Duration = Duration::from_millis(100);
 
 impl Engine {
     /// `rvmm` is the program to be measured; the others are looked for.
@@ -136,6 +140,17 @@ impl Engine {
     fn simple(&self, spawner: &Spawner, what: &'static str, words: &[&str]) -> Result<(), Error> {
         let invocation = self.command(words.iter().copied());
         spawner.output(&invocation, PATIENCE).map(drop).map_err(doing(what))
+    }
+
+    /// Removes what has the run's name.
+    fn remove_containers(&self, spawner: &Spawner, run: &str) {
+        let filter = format!("name={run}");
+        let ids = spawner.output(&self.command(["ps", "-a", "-q", "--filter", &filter]), PATIENCE);
+        for id in ids.unwrap_or_default().lines().map(str::trim) {
+            if !id.is_empty() && id.chars().all(|c| c.is_ascii_hexdigit()) {
+                let _ = spawner.output(&self.command(["rm", "-f", id]), PATIENCE);
+            }
+        }
     }
 }
 
@@ -307,23 +322,22 @@ impl Executor for Engine {
     }
 
     fn cleanup(&self, spawner: &Spawner, run: &str) {
-        let patience = Duration::from_secs(60);
-        let filter = format!("name={run}");
-        if let Ok(ids) = spawner.output(&self.command(["ps", "-a", "-q", "--filter", &filter]), patience) {
-            for id in ids
-                .lines()
-                .map(str::trim)
-                .filter(|id| id.chars().all(|c| c.is_ascii_hexdigit()) && !id.is_empty())
-            {
-                let _ = spawner.output(&self.command(["rm", "-f", id]), patience);
-            }
-        }
-        for name in self.loaded.take() {
-            let _ = spawner.output(&self.command(["rmi", &name]), patience);
-        }
+        let mut images = self.loaded.take();
         if !self.image.is_empty() || self.is_rvmm() {
-            let image = super::super::image::name_of(run);
-            let _ = spawner.output(&self.command(["rmi", &image]), patience);
+            images.push(super::super::image::name_of(run));
+        }
+        // A container whose command was interrupted may still be on its way, in or out, and has its image until it is gone.
+        let end = Instant::now() + CLEANUP_PATIENCE;
+        loop {
+            self.remove_containers(spawner, run);
+            images.retain(|name| {
+                spawner.output(&self.command(["rmi", name]), PATIENCE).is_err()
+                    && self.has_image(spawner, name)
+            });
+            if images.is_empty() || Instant::now() > end {
+                return;
+            }
+            std::thread::sleep(CLEANUP_PAUSE);
         }
     }
 
