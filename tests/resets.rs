@@ -66,7 +66,7 @@ impl Holdings {
     fn of(running: &Running) -> Holdings {
         let count =
             |what| fs::read_dir(format!("/proc/{}/{what}", running.pid())).expect("a process").count();
-        Holdings { descriptors: count("fd"), threads: count("task"), kib: running.own_kib() }
+        Holdings { descriptors: count("fd"), threads: running.threads(), kib: running.own_kib() }
     }
 }
 

@@ -49,7 +49,7 @@ impl Held {
             let path = format!("/proc/{}/{what}", running.pid());
             std::fs::read_dir(path).map_or(0, Iterator::count)
         };
-        Held { kib: running.own_kib(), descriptors: count("fd"), threads: count("task") }
+        Held { kib: running.own_kib(), descriptors: count("fd"), threads: running.threads() }
     }
 }
 

@@ -125,7 +125,7 @@ fn held(running: &Running) -> [u64; 3] {
     let count = |what: &str| {
         std::fs::read_dir(format!("/proc/{}/{what}", running.pid())).expect("a process").count() as u64
     };
-    [count("fd"), count("task"), running.own_kib()]
+    [count("fd"), running.threads() as u64, running.own_kib()]
 }
 
 #[test]

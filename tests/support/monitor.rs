@@ -155,6 +155,13 @@ impl Running {
         self.child.id()
     }
 
+    /// Threads of the monitor. The workers that the host's kernel adds for an io_uring come and go as it likes.
+    pub fn threads(&self) -> usize {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("a process");
+        let name = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm")).ok();
+        tasks.flatten().filter_map(name).filter(|name| !name.starts_with("iou-")).count()
+    }
+
     /// Private dirty memory of rvmm outside of guest memory, in KiB. Needs `--log-level debug`, which tells where that is.
     pub fn own_kib(&self) -> u64 {
         let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).expect("a number");
