@@ -519,8 +519,17 @@ pub fn sweep(records: &Records) -> Result<(), Error> {
     let (containers, sandboxes) = (roots.run.join("containers"), roots.run.join("sandboxes"));
     let mut left = names(&containers);
     left.extend(names(&sandboxes));
+    let held = match roots.images().is_dir() {
+        true => Store::open(&roots.images())?.all_users()?,
+        false => vec![],
+    };
     // Read after them: a container that is made meanwhile has its record first.
     let there: Vec<String> = names(&roots.containers());
+    for (image, id) in
+        held.iter().filter(|(_, id)| !there.contains(id) && !records.is_supervised(run_name(id)))
+    {
+        Store::open(&roots.images())?.release(image, id)?;
+    }
     // Whoever holds a life is about to take its container away.
     left.retain(|name| !there.iter().any(|id| run_name(id) == name) && !records.is_supervised(name));
     if left.is_empty() {

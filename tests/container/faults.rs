@@ -192,3 +192,21 @@ fn microvm_that_boots_is_removed_by_force_and_leaves_nothing() {
     assert_eq!(home.left(), [] as [String; 0]);
     home.run(&["inspect", "vm"]).fails();
 }
+
+#[test]
+fn image_that_a_killed_client_held_is_let_go() {
+    if !can_run(Wall::Native) {
+        return;
+    }
+    let home = Home::new();
+    home.run(&["run", "--rm", "--network=none", IMAGE, "true"]).ok();
+    let image = home.run(&["image", "inspect", IMAGE]).ok();
+    let image: serde_json::Value = serde_json::from_str(&image).expect("JSON");
+    let hex = image[0]["Id"].as_str().and_then(|id| id.strip_prefix("sha256:")).expect("an id");
+    let users = home.path("data/images/users").join(hex);
+    std::fs::create_dir_all(&users).expect("a directory");
+    std::fs::write(users.join("0".repeat(64)), "").expect("a file");
+    home.run(&["rmi", IMAGE]).fails();
+    home.run(&["ps"]).ok();
+    home.run(&["rmi", IMAGE]).ok();
+}

@@ -138,11 +138,10 @@ fn make(options: &ContainerOptions, records: &Records) -> anyhow::Result<Contain
         ),
         None => None,
     };
-    // From now on the image is in use, before anybody can think otherwise.
-    store.hold(&image.id, &config.id)?;
-    let made = records.create(&config);
-    if let Err(error) = made {
-        let _ = store.release(&image.id, &config.id);
+    // The record first: an image that is held for a container without one is let go by the next command.
+    records.create(&config)?;
+    if let Err(error) = store.hold(&image.id, &config.id) {
+        let _ = records.remove(&config.id);
         return Err(error.into());
     }
     if let Some(file) = &mut cidfile {

@@ -51,6 +51,17 @@ impl Store {
         Ok(())
     }
 
+    /// All that use an image, of any image.
+    pub fn all_users(&self) -> Result<Vec<(Digest, String)>, Error> {
+        let users = self.path("users");
+        let mut all = vec![];
+        for hex in files::names(&users)? {
+            let Ok(image) = format!("sha256:{hex}").parse::<Digest>() else { continue };
+            all.extend(self.users(&image)?.into_iter().map(|container| (image.clone(), container)));
+        }
+        Ok(all)
+    }
+
     /// The containers that use an image.
     pub fn users(&self, image: &Digest) -> Result<Vec<String>, Error> {
         files::names(&self.path("users").join(image.hex()))
