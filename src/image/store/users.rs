@@ -57,7 +57,7 @@ impl Store {
         let mut all = vec![];
         for hex in files::names(&users)? {
             let Ok(image) = format!("sha256:{hex}").parse::<Digest>() else { continue };
-            all.extend(self.users(&image)?.into_iter().map(|container| (image.clone(), container)));
+            all.extend(self.users(&image)?.into_iter().map(|container| (image, container)));
         }
         Ok(all)
     }
