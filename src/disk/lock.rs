@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 /// How long the host may take to close the files of a process that is gone. An io_uring that such a process leaves
 /// behind keeps the image open for some time.
-const LEFT_BEHIND: Duration = Duration::from_secs(2);
+const LEFT_BEHIND: Duration = Duration::from_secs(10);
 
 /// Somebody else has the image; the process, where the host tells.
 #[derive(Debug)]
