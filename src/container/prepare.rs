@@ -519,16 +519,14 @@ pub fn sweep(records: &Records) -> Result<(), Error> {
     let (containers, sandboxes) = (roots.run.join("containers"), roots.run.join("sandboxes"));
     let mut left = names(&containers);
     left.extend(names(&sandboxes));
-    let held = match roots.images().is_dir() {
-        true => Store::open(&roots.images())?.all_users()?,
-        false => vec![],
-    };
+    // Without one nobody holds anything, and looking must not make one.
+    let store = roots.images().is_dir().then(|| Store::open(&roots.images())).transpose()?;
+    let held = store.as_ref().map_or_else(|| Ok(vec![]), Store::all_users)?;
     // Read after them: a container that is made meanwhile has its record first.
     let there: Vec<String> = names(&roots.containers());
-    for (image, id) in
-        held.iter().filter(|(_, id)| !there.contains(id) && !records.is_supervised(run_name(id)))
-    {
-        Store::open(&roots.images())?.release(image, id)?;
+    let is_gone = |id: &str| !there.iter().any(|other| other == id) && !records.is_supervised(run_name(id));
+    for (image, id) in held.iter().filter(|(_, id)| is_gone(id)) {
+        store.iter().try_for_each(|store| store.release(image, id))?;
     }
     // Whoever holds a life is about to take its container away.
     left.retain(|name| !there.iter().any(|id| run_name(id) == name) && !records.is_supervised(name));
